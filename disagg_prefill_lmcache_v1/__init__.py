@@ -1,0 +1,1 @@
+"""Disaggregated prefill with vLLM and LMCache: launch scripts, proxy, KV connector and checks."""

@@ -1,0 +1,394 @@
+"""The KV connector of both servers: LMCache's ``LMCacheConnectorV1`` with what disaggregated prefill needs.
+
+vLLM loads the class through its documented seam, ``kv_connector_module_path`` in ``--kv-transfer-config``. On every
+device the engine, the YAML and the store are LMCache's own; added here are
+
+- on the CPU, where LMCache has none, the copy between vLLM's KV cache and chunks (kv_layout_cpu.py). On HPU and CUDA
+  LMCache's own copy is used;
+- the last, part-filled chunk of every prompt is stored. LMCache leaves it out when prefill ran in several steps or
+  started from a cached prefix;
+- word of when a request's KV is visible in the store (kv_visibility.py);
+- store clients with acknowledgements, deadlines and reconnection (kv_store.py);
+- chunks that could not be loaded are always reported, so vLLM recomputes them. LMCache compares counts and misses
+  some when part of the prompt was cached in vLLM;
+- a clear error at start for what would corrupt: MLA, quantised KV, unknown layouts, an unreachable store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lmcache.integration.vllm.lmcache_connector_v1 import LMCacheConnectorV1Dynamic
+from lmcache.integration.vllm.utils import ENGINE_NAME, lmcache_get_or_create_config
+from lmcache.integration.vllm.vllm_service_factory import VllmServiceFactory
+from lmcache.integration.vllm.vllm_v1_adapter import ReqMeta
+from lmcache.logging import init_logger
+from lmcache.utils import EngineType
+from lmcache.v1.cache_engine import LMCacheEngineBuilder
+from lmcache.v1.gpu_connector import CreateGPUConnector
+from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
+from lmcache.v1.memory_management import MemoryObj
+from lmcache.v1.protocol import MAX_KEY_LENGTH
+from lmcache.v1.storage_backend.connector.instrumented_connector import InstrumentedRemoteConnector
+from lmcache.v1.storage_backend.remote_backend import RemoteBackend
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from disagg_prefill_lmcache_v1 import kv_store
+from disagg_prefill_lmcache_v1.kv_layout_cpu import BlockLayout, CPUKVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_visibility import Announcer, wait_timeout_s
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = init_logger(__name__)
+
+
+class CPUConnector(GPUConnectorInterface):
+    """LMCache's device seam for vLLM's CPU KV cache; "gpu" is LMCache's word for the device."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._vllm_config = vllm_config
+        self._mover: CPUKVMover | None = None
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn the layout of the registered caches.
+
+        Args:
+            kv_caches: layer name to ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+
+        Raises:
+            UnsupportedKVLayout: it cannot be moved exactly.
+        """
+        layers = self._vllm_config.compilation_config.static_forward_context
+        layouts: dict[tuple[Any, ...], BlockLayout] = {}
+        learned = []
+        for name, cache in kv_caches.items():
+            layer = layers.get(name)
+            impl = getattr(layer, "impl", None)
+            if not isinstance(cache, torch.Tensor) or not hasattr(impl, "do_kv_cache_update"):
+                raise UnsupportedKVLayout(f"layer {name}: {type(impl).__name__} has no KV cache update to learn from")
+            if cache.dim() != 4:
+                raise UnsupportedKVLayout(
+                    f"layer {name}: KV cache of shape {tuple(cache.shape)}; [blocks, heads, block_size, 2 * head_size] "
+                    "is understood (MLA and state-space layers are not)"
+                )
+            heads, block_size, head_size = cache.shape[1], cache.shape[2], cache.shape[3] // 2
+            isa = getattr(layer, "isa", getattr(impl, "isa", None))
+            kind = (isa, type(impl), tuple(cache.shape[1:]), cache.dtype)
+            if kind not in layouts:
+                begin = time.perf_counter()
+
+                def write(
+                    key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor,
+                    impl: Any = impl, layer: Any = layer,
+                ) -> None:
+                    impl.do_kv_cache_update(layer, key, value, scratch, slots)
+
+                layouts[kind] = BlockLayout.learn(write, cache.shape[1:], heads, block_size, head_size, cache.dtype)
+                logger.info(
+                    "CPU KV layout learned in %.0f ms: isa %s, block %d, %d KV heads of %d, %s",
+                    (time.perf_counter() - begin) * 1000, isa, block_size, heads, head_size, cache.dtype,
+                )
+            learned.append(layouts[kind])
+        if any(layout is not learned[0] for layout in learned):
+            raise UnsupportedKVLayout("layers with different KV cache layouts cannot be moved (hybrid model)")
+        self._mover = CPUKVMover(list(kv_caches.values()), learned[0])
+
+    @property
+    def mover(self) -> CPUKVMover:
+        if self._mover is None:
+            raise RuntimeError("KV caches are not registered yet")
+        return self._mover
+
+    def from_gpu(self, memory_obj: MemoryObj, start: int, end: int, **kwargs: Any) -> None:
+        self.mover.gather(memory_obj.tensor, kwargs["slot_mapping"][start:end])
+
+    def to_gpu(self, memory_obj: MemoryObj, start: int, end: int, **kwargs: Any) -> None:
+        # Blocks that vLLM had cached may be shared with running requests: only the tokens after them are written.
+        first = max(start, int(kwargs.get("vllm_cached_tokens", 0)))
+        if first < end:
+            self.mover.scatter(memory_obj.tensor[:, :, first - start :], kwargs["slot_mapping"][first:end])
+
+    def batched_from_gpu(self, memory_objs: Any, starts: list[int], ends: list[int], **kwargs: Any) -> None:
+        for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
+            self.from_gpu(memory_obj, start, end, **kwargs)
+
+    def batched_to_gpu(self, memory_objs: Any = None, starts: Any = None, ends: Any = None, **kwargs: Any) -> None:
+        for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
+            self.to_gpu(memory_obj, start, end, **kwargs)
+
+    def get_shape(self, num_tokens: int) -> torch.Size:
+        return self.mover.shape(num_tokens)
+
+
+class PutTracker:
+    """Knows which chunks are on their way to the store, and tells when a request's chunks have arrived.
+
+    ``submitted`` and ``confirm`` are called by the engine's thread; everything else runs on LMCache's storage loop.
+    """
+
+    def __init__(self, engine: Any, announcer: Announcer, rank: int, ranks: int) -> None:
+        self._engine = engine
+        self._loop: asyncio.AbstractEventLoop = engine.storage_manager.loop
+        self._announcer = announcer
+        self._rank, self._ranks = rank, ranks
+        self._on_the_way: dict[Any, int] = {}
+        self._arrived = asyncio.Event()
+        self._timeout_s = wait_timeout_s()
+        self._last_reason = ""
+
+    def submitted(self, keys: Iterable[Any]) -> None:
+        keys = list(keys)
+        self._loop.call_soon_threadsafe(self._add, keys)
+
+    def _add(self, keys: list[Any]) -> None:
+        for key in keys:
+            self._on_the_way[key] = self._on_the_way.get(key, 0) + 1
+
+    def done(self, key: Any) -> None:
+        """A put has ended, well or not (LMCache's completion callback, on the storage loop)."""
+        self._loop.call_soon_threadsafe(self._remove, key)
+
+    def _remove(self, key: Any) -> None:
+        left = self._on_the_way.get(key, 0) - 1
+        if left > 0:
+            self._on_the_way[key] = left
+        else:
+            self._on_the_way.pop(key, None)
+        arrived, self._arrived = self._arrived, asyncio.Event()
+        arrived.set()
+
+    def confirm(self, request_id: str, token_ids: list[int], request_configs: dict[str, Any] | None) -> None:
+        """Announce, in the background, when all chunks of the prompt are visible in the store."""
+        asyncio.run_coroutine_threadsafe(self._confirm(request_id, token_ids, request_configs), self._loop)
+
+    async def _confirm(self, request_id: str, token_ids: list[int], request_configs: dict[str, Any] | None) -> None:
+        state, reason = "failed", ""
+        try:
+            keys = [
+                key
+                for _, _, key in self._engine.token_database.process_tokens(
+                    tokens=token_ids, request_configs=request_configs
+                )
+            ]
+            reason = await asyncio.wait_for(self._find(keys), self._timeout_s)
+            state = "failed" if reason else "stored"
+        except asyncio.TimeoutError:
+            reason = f"KV not in the store within {self._timeout_s:g} s"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason != self._last_reason:
+            if reason:
+                logger.warning("KV of request %s is not visible: %s", request_id, reason)
+            else:
+                logger.info("KV is visible in the store again")
+            self._last_reason = reason
+        self._announcer.end(request_id, self._rank, self._ranks, state, reason)
+
+    async def _find(self, keys: list[Any]) -> str:
+        """Wait for the puts of ``keys``, look them up; returns why they are not all there, or ""."""
+        waiting_for = set(keys)
+        while not waiting_for.isdisjoint(self._on_the_way):
+            await self._arrived.wait()
+        if not self._engine.is_healthy():
+            return "LMCache is unhealthy (its KV store does not answer)"
+        backend = _remote_backend(self._engine)
+        if backend is None or backend.connection is None:
+            return "no connection to the KV store"
+        present = await backend.connection.batched_async_contains("", keys)
+        return "" if present == len(keys) else f"{len(keys) - present} of {len(keys)} chunks are not in the KV store"
+
+
+def _remote_backend(engine: Any) -> RemoteBackend | None:
+    for backend in engine.storage_manager.storage_backends.values():
+        if isinstance(backend, RemoteBackend):
+            return backend
+    return None
+
+
+def short_model_name(name: str, world_size: int) -> str:
+    """``name`` as it goes into chunk keys: whole where the ``lm://`` protocol's key field holds it, else hashed.
+
+    A key is ``model@world_size@rank@hash@dtype``, at most 150 bytes; a longer one (a model in a deep folder) could
+    not be stored at all.
+    """
+    rest = f"@{world_size}@{world_size}@{'f' * 64}@bfloat16@tag%12345678"  # with room for one short tag
+    room = MAX_KEY_LENGTH - len(rest)
+    if len(name.encode()) <= room and "@" not in name:
+        return name
+    readable = name.rstrip("/").rpartition("/")[2][:20].replace("@", "-")
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+
+
+class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
+    """See the module's text. The name must contain "LMCache": the Gaudi plugin looks for it.
+
+    Raises (at server start):
+        UnsupportedKVLayout, kv_store.StoreUnavailable, ValueError: with what to change.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        self._announcer = Announcer()
+        self._tracker: PutTracker | None = None
+        self._cpu: CPUConnector | None = None
+        self._role_name = vllm_config.kv_transfer_config.kv_role
+        _refuse_unsupported(vllm_config)
+        if role == KVConnectorRole.WORKER:
+            self._make_engine(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+
+    def _make_engine(self, vllm_config: VllmConfig) -> None:
+        """Create LMCache's engine before LMCache does: with our CPU copy, and with errors that end the start.
+
+        LMCache takes an engine that is already there, and turns an error of its own into a server without reuse.
+        """
+        from lmcache.integration.vllm.utils import vllm_layout_hints
+        from vllm.distributed.parallel_state import get_tp_group
+
+        config = lmcache_get_or_create_config()
+        metadata = VllmServiceFactory(config, vllm_config, "worker").get_or_create_metadata()
+        metadata.model_name = short_model_name(metadata.model_name, metadata.world_size)
+        if vllm_config.device_config.device.type == "cpu":
+            device_connector: GPUConnectorInterface = CPUConnector(vllm_config)
+            self._cpu = device_connector
+        else:
+            device_connector = CreateGPUConnector(
+                config, metadata, EngineType.VLLM, layout_hints=vllm_layout_hints(vllm_config)
+            )
+        group = get_tp_group()
+        LMCacheEngineBuilder.get_or_create(
+            ENGINE_NAME, config, metadata, device_connector, group.broadcast, group.broadcast_object
+        )
+
+    # worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._cpu is not None:
+            self._cpu.register(kv_caches)
+        super().register_kv_caches(kv_caches)
+        impl = self._lmcache_engine
+        manager, engine = impl._manager, impl.lmcache_engine
+        if engine is None or manager._init_failed:
+            raise RuntimeError(f"LMCache did not start: {manager._init_failed_reason.strip().splitlines()[-1:]}")
+        backend = _remote_backend(engine)
+        if backend is not None:
+            self._replace_store_client(backend)
+        self._watch_loads(engine)
+        if self._announcer and backend is not None and self._role_name != "kv_consumer":
+            metadata = engine.metadata
+            self._tracker = PutTracker(engine, self._announcer, metadata.worker_id, metadata.world_size)
+            self._watch_puts(backend, self._tracker)
+
+    @staticmethod
+    def _replace_store_client(backend: RemoteBackend) -> None:
+        client = kv_store.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
+        if client is None:
+            if backend.connection is None:
+                raise kv_store.StoreUnavailable("the KV store of remote_url does not answer")
+            return
+        stock, backend.connection = backend.connection, InstrumentedRemoteConnector(client)
+        if stock is None:
+            return
+        inner = stock.getWrappedConnector()
+        if hasattr(inner, "pq_executor"):  # its close() would wait for the loop that runs it
+            asyncio.run_coroutine_threadsafe(inner.pq_executor.shutdown_async(wait=False), backend.loop)
+        else:
+            asyncio.run_coroutine_threadsafe(inner.close(), backend.loop)
+
+    @staticmethod
+    def _watch_puts(backend: RemoteBackend, tracker: PutTracker) -> None:
+        submit = backend.batched_submit_put_task
+
+        def batched_submit_put_task(keys: Any, memory_objs: Any, *args: Any, **kwargs: Any) -> None:
+            if backend.connection is not None:
+                tracker.submitted(keys)
+                kwargs["on_complete_callback"] = tracker.done
+            submit(keys, memory_objs, *args, **kwargs)
+
+        backend.batched_submit_put_task = batched_submit_put_task  # type: ignore[method-assign]
+
+    def _watch_loads(self, engine: Any) -> None:
+        """Report every token that should have been loaded and was not (see the module's text)."""
+        retrieve, impl = engine.retrieve, self._lmcache_engine
+
+        def checked_retrieve(tokens: Any, mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+            loaded = retrieve(tokens, mask, **kwargs)
+            missing = ~loaded if mask is None else mask & ~loaded
+            missing[: int(kwargs.get("vllm_cached_tokens", 0))] = False
+            if bool(missing.any()):
+                slots = kwargs["slot_mapping"].to("cpu")[: missing.numel()][missing]
+                impl._invalid_block_ids.update((slots // impl._block_size).unique().tolist())
+            return loaded
+
+        engine.retrieve = checked_retrieve
+
+    def wait_for_save(self) -> None:
+        super().wait_for_save()
+        if self._tracker is None:
+            return
+        for request in self._get_connector_metadata().requests:
+            # is_last_prefill stays true while decoding; only the step that had something to say about storing counts
+            if request.is_last_prefill and request.save_spec is not None:
+                self._tracker.confirm(request.req_id, list(request.token_ids), request.request_configs)
+
+    # scheduler side
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        if self._role_name == "kv_consumer":
+            return meta
+        impl = self._lmcache_engine
+        said = {request.req_id: request for request in meta.requests}
+        for request in scheduler_output.scheduled_new_reqs:
+            self._announcer.begin(request.req_id)
+            tracker = impl._request_trackers.get(request.req_id)
+            if tracker is not None and (tracker.request_configs or {}).get("lmcache.skip_save", False):
+                self._announcer.end(request.req_id, 0, 1, "none")
+        for req_id in scheduler_output.num_scheduled_tokens:
+            tracker = impl._request_trackers.get(req_id)
+            if tracker is None or tracker.skip_save or len(tracker.token_ids) < tracker.prompt_len:
+                continue
+            unsaved_tail = tracker.num_saved_tokens < tracker.prompt_len and not impl._discard_partial_chunks
+            if unsaved_tail and not (tracker.request_configs or {}).get("lmcache.skip_save", False):
+                self._store_tail(meta, tracker, said.get(req_id))
+        return meta
+
+    def _store_tail(self, meta: Any, tracker: Any, said: ReqMeta | None) -> None:
+        """Store from the last saved chunk to the prompt's end, in the step that completes prefill."""
+        impl = self._lmcache_engine
+        saved, decoding, tokens = tracker.num_saved_tokens, tracker.is_decode_phase, tracker.token_ids
+        # ReqMeta refuses a tail that starts after a saved chunk, and takes a last step of one token for decoding
+        tracker.num_saved_tokens, tracker.is_decode_phase = 0, False
+        tracker.token_ids = tokens[: tracker.prompt_len]
+        request = ReqMeta.from_request_tracker(
+            tracker,
+            impl._block_size,
+            impl._lmcache_chunk_size,
+            load_spec=said.load_spec if said is not None else None,
+            discard_partial_chunks=False,
+        )
+        tracker.token_ids, tracker.is_decode_phase = tokens, decoding
+        if request is None:
+            tracker.num_saved_tokens = saved
+            return
+        request.save_spec.skip_leading_tokens = saved
+        if said is not None:
+            meta.requests.remove(said)
+        meta.add_request(request)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for what would be moved wrongly."""
+    if vllm_config.device_config.device.type != "cpu":
+        return
+    if vllm_config.model_config.use_mla:
+        raise UnsupportedKVLayout("MLA models are not supported on the CPU: their KV cache holds no K and V per head")
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise UnsupportedKVLayout(f"--kv-cache-dtype {dtype} is not supported on the CPU: use auto")

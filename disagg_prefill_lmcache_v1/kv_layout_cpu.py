@@ -1,0 +1,279 @@
+"""vLLM's CPU KV cache, read and written as LMCache chunks.
+
+vLLM's CPU attention packs keys and values per instruction set (transposed, interleaved, ...) and says nowhere how.
+A wrong guess moves whole blocks correctly and corrupts part-filled ones, without an error. So nothing is guessed
+here: ``BlockLayout.learn`` writes numbered keys and values through the layer's own cache-update function into a
+one-block scratch cache and reads back where each went. What cannot be learned is refused when the server starts.
+
+Stored chunks have LMCache's ``KV_2LTD`` format, ``[2, layers, tokens, kv_heads * head_size]``, as on HPU and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class UnsupportedKVLayout(ValueError):
+    """This KV cache cannot be moved exactly; the server must not start with it."""
+
+
+# 0..127 is exact in every dtype that the CPU backend stores (float32, float16, bfloat16).
+_RADIX = 128
+
+
+def _prime_digits(size: int) -> list[int]:
+    """Prime factors of ``size``, largest last: the mixed radix in which indices are taken apart."""
+    factors, n, p = [], size, 2
+    while n > 1:
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+        p += 1
+    return factors
+
+
+def _as_strides(position: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    """Express ``position[i, j]`` as a strided view, if it is one.
+
+    Args:
+        position: ``[rows, columns]`` int64, the offset of each element.
+
+    Returns:
+        ``(sizes, strides)`` so that ``as_strided(sizes, strides)`` lists the elements in row-major ``(i, j)`` order;
+        None when no such view exists (the caller falls back to indexing element by element).
+    """
+    dims: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for axis, size in ((0, position.shape[0]), (1, position.shape[1])):
+        line = position[:, 0] if axis == 0 else position[0]
+        digits: list[tuple[int, int]] = []  # innermost first
+        step = 1
+        for radix in _prime_digits(size):
+            stride = int(line[step] - line[0])
+            if digits and stride == digits[-1][0] * digits[-1][1]:
+                digits[-1] = (digits[-1][0] * radix, digits[-1][1])
+            else:
+                digits.append((radix, stride))
+            step *= radix
+        dims += reversed(digits)
+    sizes, strides = [d[0] for d in dims], [d[1] for d in dims]
+    if not sizes or any(s <= 0 for s in strides):
+        return None
+    flat = torch.zeros((), dtype=torch.int64)
+    for size, stride in dims:
+        flat = flat.unsqueeze(-1) + torch.arange(size) * stride
+    return (sizes, strides) if torch.equal(flat.reshape(-1) + position[0, 0], position.reshape(-1)) else None
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the elements of one KV cache block lie.
+
+    Attributes:
+        heads, block_size, head_size: of one tensor parallel rank.
+        position: ``[2, block_size, heads, head_size]`` int64, offset of each K (0) and V (1) element in the block.
+        views: for K and V the ``(sizes, strides, offset)`` of one head's ``[block_size, head_size]`` elements as a
+            strided view, or None where only element-wise indexing describes it.
+        head_stride: distance of two heads in the block, in elements.
+    """
+
+    heads: int
+    block_size: int
+    head_size: int
+    position: torch.Tensor
+    views: tuple[tuple[list[int], list[int], int] | None, tuple[list[int], list[int], int] | None]
+    head_stride: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of one block, K and V of all heads."""
+        return 2 * self.heads * self.block_size * self.head_size
+
+    @classmethod
+    def learn(
+        cls,
+        write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any],
+        block_shape: Sequence[int],
+        heads: int,
+        block_size: int,
+        head_size: int,
+        dtype: torch.dtype,
+    ) -> BlockLayout:
+        """Find the layout by writing numbered elements through vLLM's own cache update.
+
+        Args:
+            write: ``write(key, value, cache, slot_mapping)``; key and value are ``[tokens, heads, head_size]``,
+                cache is ``[1, *block_shape]``, slot_mapping ``[tokens]`` int64.
+            block_shape: shape of one block as vLLM holds it.
+            dtype: of the KV cache.
+
+        Raises:
+            UnsupportedKVLayout: the block does not hold exactly one place for each K and V element.
+        """
+        per_side = block_size * heads * head_size
+        cells = 1
+        for n in block_shape:
+            cells *= n
+        if cells != 2 * per_side:
+            raise UnsupportedKVLayout(
+                f"a KV block of shape {tuple(block_shape)} has {cells} elements; {2 * per_side} are needed for "
+                f"{block_size} tokens x {heads} KV heads x {head_size} x 2 (K and V): padded, compressed (MLA) or "
+                "quantised KV caches cannot be moved"
+            )
+        number = torch.arange(1, 2 * per_side + 1)
+        found = torch.zeros(2 * per_side, dtype=torch.int64)
+        slots = torch.arange(block_size)
+        place, weight = 1, 1
+        while place <= 2 * per_side:
+            digit = (number // weight % _RADIX).to(dtype).view(2, block_size, heads, head_size)
+            cache = torch.zeros((1, *block_shape), dtype=dtype)
+            write(digit[0].contiguous(), digit[1].contiguous(), cache, slots)
+            found += cache.reshape(-1).round().to(torch.int64) * weight
+            weight *= _RADIX
+            place *= _RADIX
+        position = torch.full((2 * per_side + 1,), -1, dtype=torch.int64)
+        if int(found.min()) < 1 or int(found.max()) > 2 * per_side:
+            raise UnsupportedKVLayout("vLLM's cache update does not store K and V as they are (quantised KV cache?)")
+        position[found] = torch.arange(2 * per_side)
+        position = position[1:]
+        if int(position.min()) < 0:
+            raise UnsupportedKVLayout("vLLM's cache update stores several K or V elements in one place")
+        position = position.view(2, block_size, heads, head_size)
+        head_stride = int(position[0, 0, 1, 0] - position[0, 0, 0, 0]) if heads > 1 else cells
+        regular = all(
+            torch.equal(position[:, :, h], position[:, :, 0] + h * head_stride) for h in range(heads)
+        )
+        views: list[tuple[list[int], list[int], int] | None] = []
+        for side in position[:, :, 0]:
+            strides = _as_strides(side) if regular else None
+            views.append((*strides, int(side[0, 0])) if strides else None)
+        return cls(heads, block_size, head_size, position, (views[0], views[1]), head_stride)
+
+
+class CPUKVMover:
+    """Copies tokens between a server's paged KV caches and chunk tensors.
+
+    Whole blocks move as strided copies, the tokens of part-filled blocks by index: both are exact, no loop runs over
+    tokens.
+
+    Args:
+        caches: the layers' KV caches, each ``[num_blocks, ...]``, one block contiguous.
+        layout: layout of one block, the same in every layer.
+
+    Raises:
+        UnsupportedKVLayout: caches of different shape or dtype, or blocks that are not contiguous.
+    """
+
+    def __init__(self, caches: Sequence[torch.Tensor], layout: BlockLayout) -> None:
+        first = caches[0]
+        for cache in caches:
+            if cache.device.type != "cpu":
+                raise UnsupportedKVLayout(f"the KV cache is on {cache.device}, not on the CPU")
+            if cache.shape != first.shape or cache.dtype != first.dtype:
+                raise UnsupportedKVLayout("layers with different KV cache shapes cannot be moved (hybrid model)")
+            if not cache[0].is_contiguous():
+                raise UnsupportedKVLayout("a KV cache block is not contiguous")
+        self.layout = layout
+        self.caches = list(caches)
+        self.dtype = first.dtype
+        self.num_blocks = first.shape[0]
+        # [blocks, elements] of each layer; as_strided because blocks may be further apart than their size
+        self._blocks = [c.as_strided((c.shape[0], layout.elements), (c.stride(0), 1)) for c in caches]
+        self._flat_index: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def shape(self, tokens: int) -> torch.Size:
+        """Shape of a chunk of ``tokens`` tokens: ``[2, layers, tokens, heads * head_size]``."""
+        return torch.Size((2, len(self.caches), tokens, self.layout.heads * self.layout.head_size))
+
+    def gather(self, chunk: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy the tokens at ``slots`` (``[tokens]`` int64) from all layers into ``chunk`` (``shape(tokens)``)."""
+        self._move(chunk, slots, to_cache=False)
+
+    def scatter(self, chunk: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy ``chunk`` (``shape(tokens)``) into all layers at ``slots`` (``[tokens]`` int64)."""
+        self._move(chunk, slots, to_cache=True)
+
+    def _move(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
+        if chunk.shape != self.shape(slots.numel()) or chunk.dtype != self.dtype:
+            raise ValueError(
+                f"chunk of shape {tuple(chunk.shape)} and {chunk.dtype}; this server's KV cache needs "
+                f"{tuple(self.shape(slots.numel()))} and {self.dtype}"
+            )
+        for start, count, blocks in self._whole_blocks(slots):
+            self._move_blocks(chunk[:, :, start : start + count], blocks, to_cache)
+        for start, stop in self._loose_tokens(slots):
+            self._move_tokens(chunk[:, :, start:stop], slots[start:stop], to_cache)
+
+    def _whole_blocks(self, slots: torch.Tensor) -> list[tuple[int, int, list[int]]]:
+        """The run of whole blocks in ``slots``: (first token, tokens, block numbers), at most one run."""
+        size, n = self.layout.block_size, slots.numel()
+        if n < size or None in self.layout.views:
+            return []
+        lead = int(-slots[0]) % size
+        count = (n - lead) // size
+        if count <= 0:
+            return []
+        body = slots[lead : lead + count * size].view(count, size)
+        if not torch.equal(body, body[:, :1] + torch.arange(size)) or bool((body[:, 0] % size).any()):
+            return []
+        return [(lead, count * size, (body[:, 0] // size).tolist())]
+
+    def _loose_tokens(self, slots: torch.Tensor) -> list[tuple[int, int]]:
+        """Token ranges that :meth:`_whole_blocks` leaves."""
+        runs = self._whole_blocks(slots)
+        if not runs:
+            return [(0, slots.numel())] if slots.numel() else []
+        start, count, _ = runs[0]
+        return [r for r in ((0, start), (start + count, slots.numel())) if r[0] < r[1]]
+
+    def _move_blocks(self, chunk: torch.Tensor, blocks: list[int], to_cache: bool) -> None:
+        layout = self.layout
+        for side, view in enumerate(layout.views):
+            assert view is not None
+            sizes, strides, offset = view
+            for layer, cache in enumerate(self._blocks):
+                plain = chunk[side, layer].view(len(blocks), layout.block_size, layout.heads, layout.head_size)
+                base, stride = cache.storage_offset() + offset, cache.stride(0)
+                for i, block in enumerate(blocks):
+                    packed = cache.as_strided(
+                        (layout.heads, *sizes), (layout.head_stride, *strides), base + block * stride
+                    )
+                    token_major = plain[i].transpose(0, 1)  # [heads, block_size, head_size]
+                    token_major = token_major.as_strided(
+                        (layout.heads, *sizes), (layout.head_size, *self._plain_strides(sizes)),
+                        token_major.storage_offset(),
+                    )
+                    if to_cache:
+                        packed.copy_(token_major)
+                    else:
+                        token_major.copy_(packed)
+
+    def _plain_strides(self, sizes: list[int]) -> list[int]:
+        """Strides of one head's elements in a chunk, its two axes split as in ``sizes``."""
+        layout = self.layout
+        strides: list[int] = []
+        inner = 1
+        for size in reversed(sizes):
+            # token digits step over all heads, head_size digits are contiguous
+            within = inner < layout.head_size
+            strides.append(inner if within else inner // layout.head_size * layout.heads * layout.head_size)
+            inner *= size
+        return strides[::-1]
+
+    def _move_tokens(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
+        layout = self.layout
+        blocks, offsets = slots // layout.block_size, slots % layout.block_size
+        for side in range(2):
+            place = layout.position[side][offsets].view(slots.numel(), -1)  # [tokens, heads * head_size]
+            for layer, cache in enumerate(self._blocks):
+                flat = cache.as_strided(((self.num_blocks - 1) * cache.stride(0) + layout.elements,), (1,))
+                index = place + (blocks * cache.stride(0)).unsqueeze(1)
+                if to_cache:
+                    flat[index] = chunk[side, layer]
+                else:
+                    torch.take(flat, index, out=chunk[side, layer]) if chunk[side, layer].is_contiguous() else chunk[
+                        side, layer
+                    ].copy_(flat[index])

@@ -1,0 +1,159 @@
+"""One vLLM instance of the KV cache sharing example, in a process of its own (started by kv_sharing.py).
+
+Its settings come through its environment and its arguments (vLLM's own). It answers one JSON line on the report pipe
+for each JSON line on standard input: `encode`, `generate`, `end`. Standard output and error are its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+SOCKET_VARIABLE = "DISAGG_KV_VISIBILITY"
+
+
+class VisibilityListener:
+    """Waits for the word of every tensor parallel rank that a request's KV is in the store (see kv_visibility.py)."""
+
+    def __init__(self, name: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + name[1:] if name.startswith("@") else name)
+        self._ranks: dict[str, set[int]] = {}
+        self._waiting: set[str] = set()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        request = message["id"]
+        done = self._ranks.setdefault(request, set())
+        if "state" not in message:
+            self._waiting.add(request)
+            return
+        if message["state"] != "stored":
+            raise RuntimeError(f"the KV cache was not stored: {message.get('reason') or message['state']}")
+        done.add(message["rank"])
+        if len(done) >= message["ranks"]:
+            self._waiting.discard(request)
+        else:
+            self._waiting.add(request)
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns when all requests that the engine has begun are visible in the store.
+
+        Raises:
+            RuntimeError: they are not, or the KV connector does not announce anything.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # What has been sent already is taken first: the engine announces a request before its first token.
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001) if self._waiting else 0.001)
+            try:
+                self._take(json.loads(self._socket.recv(4096)))
+            except TimeoutError:
+                if not self._ranks:
+                    raise RuntimeError("the KV connector did not announce the request") from None
+                if not self._waiting:
+                    return
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the KV cache is not visible in the store after {timeout_s:g} s") from None
+            except (ValueError, KeyError, TypeError):
+                continue  # not from our engine
+
+
+def make_llm(words: list[str]) -> Any:
+    """`words` are arguments as `vllm serve` takes them."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:  # older vLLM
+        from vllm.utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    engine_args = EngineArgs.from_cli_args(parser.parse_args(words))
+    engine_args.disable_log_stats = False  # outputs then carry the time to the first token
+    return LLM.from_engine_args(engine_args)
+
+
+class Instance:
+    """The operations that the parent can ask for."""
+
+    def __init__(self, llm: Any, listener: VisibilityListener | None) -> None:
+        self._llm = llm
+        self._listener = listener
+
+    def encode(self, text: str, limit: int | None = None) -> dict[str, Any]:
+        """Token ids of a text, the first `limit` of them."""
+        return {"token_ids": self._llm.get_tokenizer().encode(text)[:limit]}
+
+    def generate(self, token_ids: list[int], max_tokens: int, visible_within_s: float | None = None) -> dict[str, Any]:
+        """Greedy answer, with times in seconds; with `visible_within_s` it waits until the KV is in the store."""
+        from vllm import SamplingParams
+
+        begin = time.perf_counter()
+        parameters = SamplingParams(temperature=0, max_tokens=max_tokens)
+        output = self._llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)[0]
+        duration_s = time.perf_counter() - begin
+        if visible_within_s is not None and self._listener is not None:
+            self._listener.wait(visible_within_s)
+        answer = output.outputs[0]
+        return {
+            "text": answer.text,
+            "token_ids": list(answer.token_ids),
+            "cached_tokens": output.num_cached_tokens or 0,
+            "ttft_s": getattr(output.metrics, "first_token_latency", None) or duration_s,
+            "duration_s": duration_s,
+            "visible_s": time.perf_counter() - begin,
+        }
+
+    def end(self) -> dict[str, Any]:
+        self._llm.llm_engine.engine_core.shutdown()
+        return {}
+
+
+def serve(instance: Instance, commands: Any, report: Any) -> None:
+    """Answers commands until `end` or until the parent is gone."""
+    for line in commands:
+        command = json.loads(line)
+        operation = command.pop("do")
+        try:
+            answer = getattr(instance, operation)(**command)
+        except Exception as error:
+            report({"error": f"{type(error).__name__}: {error}"})
+            raise
+        report({"done": operation, **answer})
+        if operation == "end":
+            return
+    instance.end()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report-fd", type=int, required=True, help="pipe to the parent")
+    parser.add_argument("vllm_arguments", nargs="*", help="after --, as for `vllm serve`")
+    options = parser.parse_args(arguments)
+    os.set_inheritable(options.report_fd, False)
+    pipe = os.fdopen(options.report_fd, "w", encoding="utf-8")
+
+    def report(message: dict[str, Any]) -> None:
+        pipe.write(json.dumps(message) + "\n")
+        pipe.flush()
+
+    name = os.environ.get(SOCKET_VARIABLE, "")
+    listener = VisibilityListener(name) if name else None
+    try:
+        instance = Instance(make_llm(options.vllm_arguments), listener)
+    except Exception as error:
+        report({"error": f"{type(error).__name__}: {error}"})
+        raise
+    report({"done": "start"})
+    serve(instance, sys.stdin, report)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,294 @@
+"""An answered prefill means a visible KV cache.
+
+LMCache puts KV into the store after the prefill request has been answered, so a decode sent at once finds part of it
+or nothing, and vLLM recomputes in silence. Here the prefiller's answer itself is the promise:
+
+1. the engine's scheduler says ``begin`` for every request that it schedules (kv_connector.py),
+2. each tensor parallel rank says ``end`` when its shard of the request's KV was looked up in the store and found,
+3. ``HoldUntilVisible``, an ASGI middleware in the same server (``vllm serve --middleware``), holds the answer until
+   every request that began has ended on every rank, or a deadline has passed.
+
+The engine never waits: while one request's KV travels, the next one is computed. Any client or router profits, none
+has to know. The answer says how it went:
+
+    x-kv-state: stored | failed | timeout | none (the request asked not to be stored)
+    x-kv-wait-ms: time the answer was held    x-kv-reason: why not stored
+
+Messages are datagrams on an abstract Unix socket named by ``DISAGG_KV_VISIBILITY`` ("@name"); unset, nothing is sent
+and nothing held. Only the standard library is used: this module is imported by the API server and by the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+SOCKET_VARIABLE = "DISAGG_KV_VISIBILITY"
+TIMEOUT_VARIABLE = "DISAGG_KV_WAIT_TIMEOUT"
+DEFAULT_TIMEOUT_S = 10.0
+
+# vLLM puts one of these before the X-Request-Id of a request (completions, chat and messages, responses)
+_ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
+_GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+_RECEIVE_BUFFER = 4 << 20  # bytes; a datagram is about 150
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+
+
+def wait_timeout_s() -> float:
+    """Seconds an answer is held at most (``DISAGG_KV_WAIT_TIMEOUT``).
+
+    Raises:
+        ValueError: the variable is not a positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    if not text:
+        return DEFAULT_TIMEOUT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 3600:
+        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: a number of seconds above 0 and below 3600 is allowed")
+    return seconds
+
+
+def _address(name: str) -> str:
+    return "\0" + name[1:] if name.startswith("@") else name
+
+
+class Announcer:
+    """Sends begin and end of requests to the API server; silent where nobody listens."""
+
+    def __init__(self, name: str | None = None) -> None:
+        name = os.environ.get(SOCKET_VARIABLE, "") if name is None else name
+        self._address = _address(name)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if name else None
+        if self._socket is not None:
+            self._socket.setblocking(False)
+
+    def __bool__(self) -> bool:
+        return self._socket is not None
+
+    def begin(self, request_id: str) -> None:
+        """The engine has scheduled ``request_id`` (vLLM's internal id) and will store its KV."""
+        self._send({"id": request_id})
+
+    def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str = "") -> None:
+        """This rank's KV of ``request_id`` is visible (``state`` "stored") or will not be.
+
+        Args:
+            request_id: vLLM's internal id.
+            rank, ranks: which tensor parallel rank of how many speaks.
+            state: "stored"; "failed", with a reason; "none" where the request asked not to be stored.
+        """
+        self._send({"id": request_id, "rank": rank, "ranks": ranks, "state": state, "reason": reason[:200]})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._socket is None:
+            return
+        # No listener (no HTTP request yet, offline use) or a full buffer: the holder's deadline covers both.
+        with contextlib.suppress(OSError):
+            self._socket.sendto(json.dumps(message).encode(), self._address)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+class Visibility:
+    """What the ranks have said about the engine requests of one HTTP request."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, set[int]] = {}
+        self._missing: set[str] = set()
+        self.reasons: list[str] = []
+        self.unasked = False
+        self.complete = asyncio.Event()
+        self.complete.set()
+
+    def begin(self, request_id: str) -> None:
+        self._ranks.setdefault(request_id, set())
+        self._missing.add(request_id)
+        self.complete.clear()
+
+    def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str) -> None:
+        done = self._ranks.setdefault(request_id, set())
+        done.add(rank)
+        if state == "failed":
+            self.reasons.append(reason or state)
+        self.unasked = self.unasked or state == "none"
+        if len(done) >= ranks:
+            self._missing.discard(request_id)
+        else:
+            self._missing.add(request_id)
+        if self._missing:
+            self.complete.clear()
+        else:
+            self.complete.set()
+
+    @property
+    def began(self) -> bool:
+        return bool(self._ranks)
+
+
+class Listener:
+    """Reads the datagrams and hands each to the HTTP requests whose X-Request-Id it carries."""
+
+    def __init__(self, name: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        self._socket.setblocking(False)
+        self._socket.bind(_address(name))
+        self._waiting: dict[str, list[Visibility]] = {}
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self.drain)
+
+    def watch(self, token: str) -> Visibility:
+        visibility = Visibility()
+        self._waiting.setdefault(token, []).append(visibility)
+        return visibility
+
+    def forget(self, token: str, visibility: Visibility) -> None:
+        waiting = self._waiting.get(token, [])
+        if visibility in waiting:
+            waiting.remove(visibility)
+        if not waiting:
+            self._waiting.pop(token, None)
+
+    def find(self, request_id: str) -> list[Visibility]:
+        """The watchers of an engine request: its id is a prefix, the X-Request-Id and suffixes after "-" or "_"."""
+        for prefix in _ID_PREFIXES:
+            if request_id.startswith(prefix):
+                request_id = request_id[len(prefix) :]
+                break
+        end = len(request_id)
+        while end > 0:
+            if found := self._waiting.get(request_id[:end]):
+                return found
+            end = max(request_id.rfind("-", 0, end), request_id.rfind("_", 0, end))
+        return []
+
+    def drain(self) -> None:
+        """Take all datagrams that have arrived."""
+        while True:
+            try:
+                data = self._socket.recv(4096)
+            except (BlockingIOError, InterruptedError):
+                return
+            try:
+                message = json.loads(data)
+                watchers = self.find(message["id"])
+                for visibility in watchers:
+                    if "state" in message:
+                        visibility.end(
+                            message["id"], message["rank"], message["ranks"], message["state"], message["reason"]
+                        )
+                    else:
+                        visibility.begin(message["id"])
+            except (ValueError, KeyError, TypeError):
+                continue  # not ours: any local process may write to the socket
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
+class HoldUntilVisible:
+    """ASGI middleware for the prefiller: see the module's text."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+        self._name = os.environ.get(SOCKET_VARIABLE, "")
+        self._timeout_s = wait_timeout_s()
+        self._listener: Listener | None = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if not self._name or scope["type"] != "http" or not scope["path"].startswith(_GENERATING):
+            await self._app(scope, receive, send)
+            return
+        if self._listener is None:
+            self._listener = Listener(self._name)
+        token = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id" and v), "")
+        if not token:
+            token = uuid.uuid4().hex
+            headers = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
+            scope = {**scope, "headers": [*headers, (b"x-request-id", token.encode())]}
+        visibility = self._listener.watch(token)
+        hold = _Hold(send, self._listener, visibility, self._timeout_s)
+        try:
+            await self._app(scope, receive, hold.send)
+        finally:
+            self._listener.forget(token, visibility)
+
+
+class _Hold:
+    """Passes an answer on, its last part only when the KV is visible; start and body of a plain answer together."""
+
+    def __init__(self, send: Send, listener: Listener, visibility: Visibility, timeout_s: float) -> None:
+        self._send = send
+        self._listener = listener
+        self._visibility = visibility
+        self._timeout_s = timeout_s
+        self._start: Message | None = None
+        self._parts: list[bytes] = []
+        self._pass = False
+
+    async def send(self, message: Message) -> None:
+        if self._pass:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            streamed = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in message["headers"])
+            if message["status"] >= 400:
+                self._pass = True
+                await self._send(message)
+            elif streamed:
+                # Its headers are due now; only its end can be held.
+                await self._send(message)
+            else:
+                self._start = message
+        elif message["type"] == "http.response.body":
+            if message.get("more_body", False):
+                if self._start is None:
+                    await self._send(message)
+                else:
+                    self._parts.append(message.get("body", b""))
+                return
+            headers = await self._wait()
+            if self._start is not None:
+                self._start["headers"] = [*self._start["headers"], *headers]
+                await self._send(self._start)
+                message = {**message, "body": b"".join([*self._parts, message.get("body", b"")])}
+            await self._send(message)
+        else:
+            await self._send(message)
+
+    async def _wait(self) -> list[tuple[bytes, bytes]]:
+        begin = time.perf_counter()
+        self._listener.drain()  # begin was sent before the answer's first token: it is here by now
+        visibility = self._visibility
+        state, reason = "stored", ""
+        if not visibility.began:
+            state, reason = "failed", "the engine did not announce the request: is the KV connector configured?"
+        else:
+            try:
+                await asyncio.wait_for(visibility.complete.wait(), self._timeout_s)
+            except asyncio.TimeoutError:
+                state, reason = "timeout", f"not visible in the KV store within {self._timeout_s:g} s"
+            if visibility.unasked:
+                state = "none"
+            if visibility.reasons:
+                state, reason = "failed", visibility.reasons[0]
+        waited_ms = (time.perf_counter() - begin) * 1000
+        headers = [(b"x-kv-state", state.encode()), (b"x-kv-wait-ms", f"{waited_ms:.2f}".encode())]
+        if reason:
+            headers.append((b"x-kv-reason", reason.encode("latin-1", "replace").replace(b"\n", b" ")))
+        return headers
