@@ -85,15 +85,24 @@ class CPUConnector(GPUConnectorInterface):
                 begin = time.perf_counter()
 
                 def write(
-                    key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor,
-                    impl: Any = impl, layer: Any = layer,
+                    key: torch.Tensor,
+                    value: torch.Tensor,
+                    scratch: torch.Tensor,
+                    slots: torch.Tensor,
+                    impl: Any = impl,
+                    layer: Any = layer,
                 ) -> None:
                     impl.do_kv_cache_update(layer, key, value, scratch, slots)
 
                 layouts[kind] = BlockLayout.learn(write, cache.shape[1:], heads, block_size, head_size, cache.dtype)
                 logger.info(
                     "CPU KV layout learned in %.0f ms: isa %s, block %d, %d KV heads of %d, %s",
-                    (time.perf_counter() - begin) * 1000, isa, block_size, heads, head_size, cache.dtype,
+                    (time.perf_counter() - begin) * 1000,
+                    isa,
+                    block_size,
+                    heads,
+                    head_size,
+                    cache.dtype,
                 )
             learned.append(layouts[kind])
         if any(layout is not learned[0] for layout in learned):
@@ -166,9 +175,12 @@ class PutTracker:
 
     def confirm(self, request_id: str, token_ids: list[int], request_configs: dict[str, Any] | None) -> None:
         """Announce, in the background, when all chunks of the prompt are visible in the store."""
-        asyncio.run_coroutine_threadsafe(self._confirm(request_id, token_ids, request_configs), self._loop)
+        begin = time.perf_counter()
+        asyncio.run_coroutine_threadsafe(self._confirm(request_id, token_ids, request_configs, begin), self._loop)
 
-    async def _confirm(self, request_id: str, token_ids: list[int], request_configs: dict[str, Any] | None) -> None:
+    async def _confirm(
+        self, request_id: str, token_ids: list[int], request_configs: dict[str, Any] | None, begin: float
+    ) -> None:
         state, reason = "failed", ""
         try:
             keys = [
@@ -189,7 +201,8 @@ class PutTracker:
             else:
                 logger.info("KV is visible in the store again")
             self._last_reason = reason
-        self._announcer.end(request_id, self._rank, self._ranks, state, reason)
+        transfer_ms = (time.perf_counter() - begin) * 1000
+        self._announcer.end(request_id, self._rank, self._ranks, state, reason, transfer_ms)
 
     async def _find(self, keys: list[Any]) -> str:
         """Wait for the puts of ``keys``, look them up; returns why they are not all there, or ""."""

@@ -143,9 +143,7 @@ class BlockLayout:
             raise UnsupportedKVLayout("vLLM's cache update stores several K or V elements in one place")
         position = position.view(2, block_size, heads, head_size)
         head_stride = int(position[0, 0, 1, 0] - position[0, 0, 0, 0]) if heads > 1 else cells
-        regular = all(
-            torch.equal(position[:, :, h], position[:, :, 0] + h * head_stride) for h in range(heads)
-        )
+        regular = all(torch.equal(position[:, :, h], position[:, :, 0] + h * head_stride) for h in range(heads))
         views: list[tuple[list[int], list[int], int] | None] = []
         for side in position[:, :, 0]:
             strides = _as_strides(side) if regular else None
@@ -243,7 +241,8 @@ class CPUKVMover:
                     )
                     token_major = plain[i].transpose(0, 1)  # [heads, block_size, head_size]
                     token_major = token_major.as_strided(
-                        (layout.heads, *sizes), (layout.head_size, *self._plain_strides(sizes)),
+                        (layout.heads, *sizes),
+                        (layout.head_size, *self._plain_strides(sizes)),
                         token_major.storage_offset(),
                     )
                     if to_cache:

@@ -34,17 +34,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from disagg_prefill_lmcache_v1 import profiles
+from disagg_prefill_lmcache_v1.profiles import Profile
+
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
+MODELS = REPOSITORY / ".models"
 MODULE = "disagg_prefill_lmcache_v1.kv_sharing"
 HOST = "127.0.0.1"
-DEVICES = ("hpu", "cuda", "cpu")
 BACKENDS = ("lm", "redis")
 URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss")}
 KV_ROLES = {"store": "kv_producer", "retrieve": "kv_consumer"}
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
 PROGRESS_EVERY_S = 5.0
-END_WITHIN_S = 8.0  # an instance that has been asked to end
+END_WITHIN_S = 9.0  # an instance that has been asked to end
 TERM_GRACE_S = 3.0
 LOG_LINES_SHOWN = 15
 
@@ -66,34 +69,6 @@ def say(text: str) -> None:
 
 
 # --- settings
-
-
-def read_profile(device: str) -> dict[str, str]:
-    """KEY=VALUE lines of profiles/common.env and profiles/<device>.env; the second wins."""
-    values: dict[str, str] = {}
-    for name in ("common", device):
-        for line in (PACKAGE / "profiles" / f"{name}.env").read_text(encoding="utf-8").splitlines():
-            key, equals, value = line.strip().partition("=")
-            if equals and not key.startswith("#"):
-                values[key] = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
-    return values
-
-
-def count_cards(profile: Mapping[str, str]) -> int:
-    """Cards of the profile's device on this machine."""
-    words = shlex.split(profile.get("LIST_CARDS", ""))
-    if not words or shutil.which(words[0]) is None:
-        return 0
-    with suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30).stdout
-        return sum(re.search(profile["CARD_ROW"], line) is not None for line in listed.splitlines())
-    return 0
-
-
-def choose_device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return next((device for device in ("hpu", "cuda") if count_cards(read_profile(device))), "cpu")
 
 
 def without_password(url: str) -> str:
@@ -118,11 +93,15 @@ class Settings:
     log_dir: Path | None
     dry_run: bool
     vllm_arguments: tuple[str, ...]
-    profile: Mapping[str, str] = field(repr=False)
+    profile: Profile = field(repr=False)
+
+    def of_profile(self, key: str) -> str:
+        """A setting of the device's profile, "" when it has none."""
+        return self.profile.settings.get(key, "")
 
     @property
     def max_model_len(self) -> int:
-        return int(self.profile["MAX_MODEL_LEN"])
+        return int(self.of_profile("MAX_MODEL_LEN"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,7 +145,7 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
         # argparse passes a string default through `type`: the environment is checked like a flag
         parser.add_argument(name, *aliases, default=os.environ.get(variable) or default, help=shown, **more)
 
-    add("--device", "what vLLM runs on: auto, hpu, cuda or cpu", "auto", choices=("auto", *DEVICES))
+    add("--device", "what vLLM runs on: auto, hpu, cuda or cpu", "auto", choices=("auto", *profiles.DEVICES))
     add("--backend", "KV server: lm or redis", "lm", ("--remote-server", "--remote_server"), choices=BACKENDS)
     add(
         "--remote-url",
@@ -215,9 +194,9 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
             raise UsageError(f"--prompt-file {options.prompt_file}: {error}") from error
         if not prompt:
             raise UsageError(f"--prompt-file {options.prompt_file} is empty")
-    device = choose_device(options.device)
-    profile = read_profile(device)
-    longest = int(profile["MAX_MODEL_LEN"]) - options.max_tokens
+    device = profiles.detect_device() if options.device == "auto" else options.device
+    profile = profiles.load_profile(device)
+    longest = int(profile.settings["MAX_MODEL_LEN"]) - options.max_tokens
     if not prompt and options.prompt_len > longest:
         raise UsageError(f"--prompt-len {options.prompt_len}: at most {longest} fit with --max-tokens on {device}")
     model = options.model
@@ -231,7 +210,7 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
         device=device,
         backend=options.backend,
         tensor_parallel_size=options.tensor_parallel_size,
-        model=model or profile.get("MODEL") or str(REPOSITORY / ".models" / profile["BUILT_MODEL"]),
+        model=model or profile.settings.get("MODEL") or str(MODELS / profile.settings["BUILT_MODEL"]),
         remote_url=options.remote_url,
         kv_port=options.kv_port,
         prompt=prompt,
@@ -264,36 +243,37 @@ class Command:
 
 
 def _program(settings: Settings, key: str, python: str) -> list[str]:
-    words = (os.environ.get(key) or settings.profile[key]).split()
+    words = (os.environ.get(key) or settings.of_profile(key)).split()
     return [word.replace("{python}", python).replace("{package}", str(PACKAGE)) for word in words]
 
 
-def cards_of(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, str], bool]:
-    """The cards of each role, as the device's visibility variable spells them, and whether they share the only one.
+def cards_of(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], bool]:
+    """The variable that gives each role its cards (if the device has one), and whether both share the only one.
 
     Raises:
         Failure: too few cards.
     """
-    variable = settings.profile.get("VISIBLE_DEVICES_VARIABLE", "")
+    variable = settings.of_profile("VISIBLE_DEVICES_VARIABLE")
     if not variable:
-        return {}, False
-    need = settings.tensor_parallel_size * int(settings.profile["CARDS_PER_RANK"])
+        return {role: {} for role in KV_ROLES}, False
+    need = 2 * settings.tensor_parallel_size * int(settings.of_profile("CARDS_PER_RANK"))
     visible = environment.get(variable, "")
-    cards = visible.split(",") if visible not in ("", "all") else [str(n) for n in range(count_cards(settings.profile))]
-    if len(cards) == 1 and need == 1 and settings.profile.get("SHARED_GPU_MEMORY_UTILIZATION"):
-        return {"store": cards[0], "retrieve": cards[0]}, True
-    if len(cards) < 2 * need:
-        if not settings.dry_run:
-            raise Failure(f"{len(cards)} {settings.device} cards found, {2 * need} needed: use --device cpu to try it")
-        cards = [str(n) for n in range(2 * need)]
-    return {"store": ",".join(cards[:need]), "retrieve": ",".join(cards[need : 2 * need])}, False
+    found = profiles.count_cards(settings.device) if visible in ("", "all") else len(visible.split(","))
+    shared = found == 1 and need == 2 and settings.of_profile("SHARED_GPU_MEMORY_UTILIZATION") != ""
+    if found < need and not shared and not settings.dry_run:
+        raise Failure(f"{found} {settings.device} cards found, {need} needed: use --device cpu to try it without")
+    try:
+        sets = settings.profile.card_sets(settings.tensor_parallel_size, environ=environment, shared=shared)
+    except profiles.ProfileError as error:
+        raise Failure(str(error)) from error
+    return dict(zip(KV_ROLES, sets, strict=True)), shared
 
 
 def kv_server_command(settings: Settings, port: int, python: str) -> Command:
     if settings.backend == "lm":
         return Command("kv_server", (*_program(settings, "KV_SERVER_PROGRAM", python), HOST, str(port)), {})
     words = [*_program(settings, "REDIS_SERVER_PROGRAM", python), "--bind", HOST, "--port", str(port)]
-    words += ["--save", "", "--appendonly", "no", "--maxmemory", settings.profile["REDIS_MAXMEMORY"]]
+    words += ["--save", "", "--appendonly", "no", "--maxmemory", settings.of_profile("REDIS_MAXMEMORY")]
     return Command("kv_server", (*words, "--maxmemory-policy", "allkeys-lru"), {})
 
 
@@ -304,10 +284,11 @@ def instance_command(
     role: "store" or "retrieve".
     environment: the caller's; its values win over the profile's.
     """
-    profile, run = settings.profile, f"{os.getpid()}-{role}"
+    run = f"{os.getpid()}-{role}"
     connector = {
         "kv_connector": "LMCacheDisaggConnectorV1",
-        "kv_connector_module_path": environment.get("KV_CONNECTOR_MODULE") or profile["KV_CONNECTOR_MODULE"],
+        "kv_connector_module_path": environment.get("KV_CONNECTOR_MODULE")
+        or settings.of_profile("KV_CONNECTOR_MODULE"),
         "kv_role": KV_ROLES[role],
         "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": f"kv-sharing-{run}"},
     }
@@ -315,23 +296,19 @@ def instance_command(
     cards, shared = cards_of(settings, environment)
     vllm = ["--model", settings.model, "--tensor-parallel-size", str(settings.tensor_parallel_size)]
     vllm += ["--max-model-len", str(settings.max_model_len), "--kv-transfer-config", transfer_config]
-    vllm += profile["VLLM_ARGS"].split()
-    memory = profile.get("SHARED_GPU_MEMORY_UTILIZATION" if shared else "GPU_MEMORY_UTILIZATION")
+    vllm += settings.profile.vllm_arguments()
+    memory = settings.of_profile("SHARED_GPU_MEMORY_UTILIZATION" if shared else "GPU_MEMORY_UTILIZATION")
     vllm += ["--gpu-memory-utilization", memory] if memory else []
     vllm += settings.vllm_arguments
 
     path = environment.get("PYTHONPATH")
     child = {"PYTHONPATH": f"{REPOSITORY}:{path}" if path else str(REPOSITORY), "DISAGG_DEVICE": settings.device}
-    for key, value in sorted(profile.items()):
-        if key.startswith("ENV_"):
-            child[key[4:]] = environment.get(key[4:]) or value
+    child |= settings.profile.child_environment(environment) | cards[role]
     config = PACKAGE / "configs" / f"lmcache-config-{settings.backend}.yaml"
     child["LMCACHE_CONFIG_FILE"] = environment.get("LMCACHE_CONFIG_FILE") or str(config)
     child["LMCACHE_REMOTE_URL"] = remote_url
     if Path(settings.model).is_absolute():
         child["HF_HUB_OFFLINE"] = "1"
-    if role in cards:
-        child[profile["VISIBLE_DEVICES_VARIABLE"]] = cards[role]
     if role == "store":
         child["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-sharing-{run}"
         child["DISAGG_KV_WAIT_TIMEOUT"] = f"{min(settings.timeout, 3599):g}"
@@ -450,8 +427,7 @@ class Instance(Child):
         next_report = begin + PROGRESS_EVERY_S
         while b"\n" not in self._buffer:
             select.select([self._pipe], [], [], 0.2)
-            with suppress(BlockingIOError):
-                self._buffer += os.read(self._pipe, 1 << 16)
+            self._read()
             if b"\n" in self._buffer:
                 break
             for child in (self, *others):
@@ -462,6 +438,21 @@ class Instance(Child):
             if now >= next_report:
                 say(f"{what}: {now - begin:.0f} s")
                 next_report = now + PROGRESS_EVERY_S
+        return self._take()
+
+    def check(self) -> None:
+        """Raises Failure when the process has ended, with what it said about the cause."""
+        if self.process.poll() is not None:
+            self._read()
+            while b"\n" in self._buffer:
+                self._take()
+        super().check()
+
+    def _read(self) -> None:
+        with suppress(BlockingIOError):
+            self._buffer += os.read(self._pipe, 1 << 20)
+
+    def _take(self) -> dict[str, Any]:
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
@@ -524,7 +515,7 @@ def start_kv_server(settings: Settings, log_dir: Path, python: str, children: li
         server = Child(command, log_dir)
         children.append(server)
         begin = time.monotonic()
-        next_report, limit = begin + PROGRESS_EVERY_S, float(settings.profile["KV_READY_TIMEOUT"])
+        next_report, limit = begin + PROGRESS_EVERY_S, float(settings.of_profile("KV_READY_TIMEOUT"))
         while not listens(server.process.pid, port):
             server.check()
             now = time.monotonic()
@@ -565,7 +556,7 @@ def share(settings: Settings, log_dir: Path, python: str) -> dict[str, Any]:
     with all_ended() as children:
         url = start_kv_server(settings, log_dir, python, children)
         say(f"KV server at {without_password(url)}")
-        ready_timeout = float(settings.profile["READY_TIMEOUT"])
+        ready_timeout = float(settings.of_profile("READY_TIMEOUT"))
         one_after_the_other = cards_of(settings, os.environ)[1]  # both size their memory by what is free
         instances: dict[str, Instance] = {}
 
@@ -623,7 +614,7 @@ def end(instances: Sequence[Instance] | Any) -> None:
     """Asks the instances to end and waits; what does not end in time is killed by `all_ended`."""
     instances = list(instances)
     for instance in instances:
-        instance.send("end")
+        instance.send("end", within_s=END_WITHIN_S - 1)  # what is left after that is killed, from the inside
     deadline = time.monotonic() + END_WITHIN_S
     for instance in instances:
         try:
@@ -771,7 +762,7 @@ def print_commands(settings: Settings) -> None:
 
 def check_token(settings: Settings) -> None:
     """Raises Failure for a gated model that is not in the cache, without a Hugging Face token."""
-    if not any(fnmatch.fnmatch(settings.model, pattern) for pattern in settings.profile["GATED_MODELS"].split()):
+    if not any(fnmatch.fnmatch(settings.model, pattern) for pattern in settings.of_profile("GATED_MODELS").split()):
         return
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{settings.model.replace('/', '--')}"
@@ -781,8 +772,8 @@ def check_token(settings: Settings) -> None:
 
 
 def build_model(settings: Settings) -> None:
-    built = settings.profile.get("BUILT_MODEL")
-    if built and settings.model == str(REPOSITORY / ".models" / built):
+    built = settings.of_profile("BUILT_MODEL")
+    if built and settings.model == str(MODELS / built):
         from disagg_prefill_lmcache_v1 import tiny_model
 
         try:

@@ -7,6 +7,7 @@ for each JSON line on standard input: `encode`, `generate`, `end`. Standard outp
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import socket
@@ -67,11 +68,7 @@ def make_llm(words: list[str]) -> Any:
     """`words` are arguments as `vllm serve` takes them."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
-
-    try:
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-    except ImportError:  # older vLLM
-        from vllm.utils import FlexibleArgumentParser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     engine_args = EngineArgs.from_cli_args(parser.parse_args(words))
@@ -110,8 +107,14 @@ class Instance:
             "visible_s": time.perf_counter() - begin,
         }
 
-    def end(self) -> dict[str, Any]:
-        self._llm.llm_engine.engine_core.shutdown()
+    def end(self, within_s: float) -> dict[str, Any]:
+        """Ends the engine and its workers in order, within a number of seconds, then by force."""
+        # vLLM's own limit is shorter than a busy machine needs, and killed processes leave shared memory behind.
+        core = self._llm.llm_engine.engine_core
+        if "timeout" in inspect.signature(core.shutdown).parameters:
+            core.shutdown(timeout=within_s)
+        else:
+            core.shutdown()
         return {}
 
 
@@ -128,7 +131,7 @@ def serve(instance: Instance, commands: Any, report: Any) -> None:
         report({"done": operation, **answer})
         if operation == "end":
             return
-    instance.end()
+    instance.end(within_s=5.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     report({"done": "start"})
     serve(instance, sys.stdin, report)
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is ended: the interpreter's own clean-up would take seconds with nothing left to do
 
 
 if __name__ == "__main__":

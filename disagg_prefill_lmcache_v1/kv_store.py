@@ -85,9 +85,7 @@ class _Link:
 
 def _header(command: ClientCommand, key: CacheEngineKey, obj: MemoryObj | None = None, length: int = 0) -> bytes:
     if obj is None:
-        return ClientMetaMessage(
-            command, key, 0, MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
-        ).serialize()
+        return ClientMetaMessage(command, key, 0, MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])).serialize()
     return ClientMetaMessage(
         command, key, length, obj.get_memory_format(), obj.get_dtype(), obj.get_shape()
     ).serialize()

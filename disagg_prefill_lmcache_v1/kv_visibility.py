@@ -12,7 +12,11 @@ The engine never waits: while one request's KV travels, the next one is computed
 has to know. The answer says how it went:
 
     x-kv-state: stored | failed | timeout | none (the request asked not to be stored)
-    x-kv-wait-ms: time the answer was held    x-kv-reason: why not stored
+    x-kv-wait-ms: how long the answer was held
+    x-kv-transfer-ms: from the hand-over in the engine until the slowest rank found its chunks in the store
+    x-kv-reason: why it is not stored
+
+A request with the header ``x-kv-hold: off`` is answered at once, as without this module.
 
 Messages are datagrams on an abstract Unix socket named by ``DISAGG_KV_VISIBILITY`` ("@name"); unset, nothing is sent
 and nothing held. Only the standard library is used: this module is imported by the API server and by the engine.
@@ -83,15 +87,19 @@ class Announcer:
         """The engine has scheduled ``request_id`` (vLLM's internal id) and will store its KV."""
         self._send({"id": request_id})
 
-    def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str = "") -> None:
+    def end(
+        self, request_id: str, rank: int, ranks: int, state: str, reason: str = "", transfer_ms: float = 0.0
+    ) -> None:
         """This rank's KV of ``request_id`` is visible (``state`` "stored") or will not be.
 
         Args:
             request_id: vLLM's internal id.
             rank, ranks: which tensor parallel rank of how many speaks.
             state: "stored"; "failed", with a reason; "none" where the request asked not to be stored.
+            transfer_ms: from the hand-over in the engine until the chunks were found in the store.
         """
-        self._send({"id": request_id, "rank": rank, "ranks": ranks, "state": state, "reason": reason[:200]})
+        message = {"id": request_id, "rank": rank, "ranks": ranks, "state": state, "reason": reason[:200]}
+        self._send({**message, "ms": transfer_ms})
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._socket is None:
@@ -113,6 +121,7 @@ class Visibility:
         self._missing: set[str] = set()
         self.reasons: list[str] = []
         self.unasked = False
+        self.transfer_ms = 0.0
         self.complete = asyncio.Event()
         self.complete.set()
 
@@ -121,7 +130,8 @@ class Visibility:
         self._missing.add(request_id)
         self.complete.clear()
 
-    def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str) -> None:
+    def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str, transfer_ms: float) -> None:
+        self.transfer_ms = max(self.transfer_ms, transfer_ms)
         done = self._ranks.setdefault(request_id, set())
         done.add(rank)
         if state == "failed":
@@ -189,12 +199,11 @@ class Listener:
                 watchers = self.find(message["id"])
                 for visibility in watchers:
                     if "state" in message:
-                        visibility.end(
-                            message["id"], message["rank"], message["ranks"], message["state"], message["reason"]
-                        )
+                        fields = (message[name] for name in ("id", "rank", "ranks", "state", "reason", "ms"))
+                        visibility.end(*fields)
                     else:
                         visibility.begin(message["id"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # not ours: any local process may write to the socket
 
     def close(self) -> None:
@@ -213,6 +222,9 @@ class HoldUntilVisible:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if not self._name or scope["type"] != "http" or not scope["path"].startswith(_GENERATING):
+            await self._app(scope, receive, send)
+            return
+        if (b"x-kv-hold", b"off") in scope["headers"]:
             await self._app(scope, receive, send)
             return
         if self._listener is None:
@@ -289,6 +301,7 @@ class _Hold:
                 state, reason = "failed", visibility.reasons[0]
         waited_ms = (time.perf_counter() - begin) * 1000
         headers = [(b"x-kv-state", state.encode()), (b"x-kv-wait-ms", f"{waited_ms:.2f}".encode())]
+        headers.append((b"x-kv-transfer-ms", f"{visibility.transfer_ms:.2f}".encode()))
         if reason:
             headers.append((b"x-kv-reason", reason.encode("latin-1", "replace").replace(b"\n", b" ")))
         return headers

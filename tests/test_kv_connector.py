@@ -1,0 +1,305 @@
+"""kv_connector: what it adds to LMCache's connector, each against LMCache's own classes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch_harness import wait_until
+
+pytest.importorskip("vllm", reason="vLLM is not installed: its connector interface is what is tested")
+pytest.importorskip("lmcache", reason="LMCache is not installed: its connector is what is tested")
+
+from lmcache.integration.vllm.vllm_v1_adapter import (
+    LMCacheConnectorMetadata,
+    LMCacheConnectorV1Impl,
+    ReqMeta,
+    RequestTracker,
+)
+from lmcache.v1.protocol import MAX_KEY_LENGTH
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+from disagg_prefill_lmcache_v1 import kv_connector
+from disagg_prefill_lmcache_v1.kv_connector import CPUConnector, LMCacheDisaggConnectorV1, PutTracker
+from disagg_prefill_lmcache_v1.kv_layout_cpu import UnsupportedKVLayout
+
+BLOCK, CHUNK = 32, 64
+
+
+class Heard:
+    """An announcer that keeps what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def __bool__(self):
+        return True
+
+    def begin(self, request_id):
+        self.said.append(("begin", request_id))
+
+    def end(self, request_id, rank, ranks, state, reason="", transfer_ms=0.0):
+        self.said.append(("end", request_id, state, reason))
+
+
+class Prefill:
+    """Drives a request through LMCache's real bookkeeping, step by step, as the scheduler does.
+
+    ``step(n)`` schedules n more prompt tokens and returns what is to be stored of the request: (from, to) or None.
+    """
+
+    def __init__(self, prompt_len, cached=0, configs=None):
+        self.prompt_len, self.done = prompt_len, cached
+        self.tracker = RequestTracker(
+            req_id="r", prompt_len=prompt_len, token_ids=list(range(cached)), allocated_block_ids=list(range(100)),
+            num_saved_tokens=cached, request_configs=configs,
+        )  # fmt: skip
+        self.impl = SimpleNamespace(
+            _request_trackers={"r": self.tracker}, _discard_partial_chunks=False, _block_size=BLOCK,
+            _lmcache_chunk_size=CHUNK,
+        )  # fmt: skip
+        self.connector = object.__new__(LMCacheDisaggConnectorV1)
+        self.connector._lmcache_engine = self.impl
+        self.connector._announcer = Heard()
+        self.connector._role_name = "kv_producer"
+        self.first = True
+
+    def step(self, tokens, patched=True):
+        if self.first:
+            self.tracker.token_ids = list(range(self.done + tokens))
+        else:
+            self.tracker.update(list(range(self.done, self.done + tokens)), None)
+        self.done += tokens
+        meta = LMCacheConnectorMetadata()
+        request = ReqMeta.from_request_tracker(self.tracker, BLOCK, CHUNK, None, False)
+        if request is not None:
+            meta.add_request(request)
+        if patched:
+            new = [SimpleNamespace(req_id="r")] if self.first else []
+            output = SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens={"r": tokens})
+            self.impl.build_connector_meta = lambda _: meta
+            meta = self.connector.build_connector_meta(output)
+        self.first = False
+        assert len(meta.requests) <= 1
+        if not meta.requests or not meta.requests[0].save_spec.can_save:
+            return None
+        request = meta.requests[0]
+        return request.save_spec.skip_leading_tokens, len(request.token_ids)
+
+
+def covered(prefill, steps, patched=True):
+    """Prompt tokens that are stored in the end; each step must go on where the last one stopped."""
+    upto = prefill.tracker.num_saved_tokens
+    for tokens in steps:
+        stored = prefill.step(tokens, patched)
+        if stored is not None:
+            assert stored[0] <= upto
+            upto = max(upto, stored[1])
+    return upto
+
+
+@pytest.mark.parametrize(
+    ("prompt", "steps"),
+    [
+        (5, [5]),
+        (CHUNK, [CHUNK]),
+        (100, [100]),
+        (100, [70, 30]),
+        (100, [99, 1]),
+        (65, [64, 1]),
+        (300, [100, 100, 100]),
+        (129, [128, 1]),
+        (190, [130, 60]),
+    ],
+)
+def test_the_whole_prompt_is_stored_however_it_is_prefilled(prompt, steps):
+    assert covered(Prefill(prompt), steps) == prompt
+
+
+def test_stock_lmcache_leaves_the_tail_out():
+    """Why build_connector_meta is extended; when this fails, LMCache has mended it and the extension can go."""
+    assert covered(Prefill(100), [70, 30], patched=False) == 64
+    assert covered(Prefill(100), [99, 1], patched=False) == 64
+
+
+@pytest.mark.parametrize(("cached", "prompt"), [(CHUNK, 100), (2 * CHUNK, 129), (CHUNK, 65)])
+def test_the_tail_after_a_cached_prefix_is_stored(cached, prompt):
+    prefill = Prefill(prompt, cached=cached)
+    assert prefill.step(prompt - cached) == (cached, prompt)
+
+
+def test_decoding_stores_nothing_more():
+    prefill = Prefill(100)
+    prefill.step(100)
+    assert [prefill.step(1) for _ in range(3)] == [None] * 3
+    assert prefill.tracker.num_saved_tokens == 100
+
+
+def test_every_request_is_announced_once_and_unstored_ones_end():
+    prefill = Prefill(100)
+    prefill.step(70)
+    prefill.step(30)
+    assert prefill.connector._announcer.said == [("begin", "r")]
+    unstored = Prefill(100, configs={"lmcache.skip_save": True})
+    assert unstored.step(70) is None
+    assert unstored.step(30) is None
+    assert unstored.connector._announcer.said == [("begin", "r"), ("end", "r", "none", "")]
+
+
+# loads
+
+
+def checked(loaded, cached=0, tokens=200):
+    """Block numbers reported for a load of ``tokens`` of which ``loaded`` arrived and vLLM had ``cached``."""
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
+    arrived = torch.zeros(tokens, dtype=torch.bool)
+    arrived[:loaded] = True
+    engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: arrived)
+    connector._watch_loads(engine)
+    mask = torch.ones(tokens, dtype=torch.bool)
+    mask[: cached // CHUNK * CHUNK] = False
+    arrived &= mask
+    slots = torch.arange(tokens) + 10 * BLOCK
+    assert engine.retrieve([0] * tokens, mask, slot_mapping=slots, vllm_cached_tokens=cached) is arrived
+    return connector._lmcache_engine._invalid_block_ids
+
+
+def test_complete_loads_report_nothing():
+    assert checked(200) == set()
+    assert checked(200, cached=96) == set()
+
+
+def test_missing_tokens_are_reported():
+    assert checked(0) == {10, 11, 12, 13, 14, 15, 16}
+    assert checked(128) == {14, 15, 16}
+
+
+def test_missing_tokens_are_reported_when_counts_would_hide_them():
+    # 96 tokens cached in vLLM: LMCache loads from 64, gets 64 of 136 and needs 104; with 32 more it would be content
+    assert checked(192, cached=96) == {16}
+
+
+def test_blocks_that_vllm_had_are_never_reported():
+    assert checked(64, cached=96) == {13, 14, 15, 16}
+
+
+# visibility
+
+
+class Store:
+    def __init__(self, present=10**6):
+        self.present = present
+
+    async def batched_async_contains(self, lookup_id, keys):
+        return min(self.present, len(keys))
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    monkeypatch.setenv("DISAGG_KV_WAIT_TIMEOUT", "0.5")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    engine = SimpleNamespace(
+        storage_manager=SimpleNamespace(loop=loop),
+        is_healthy=lambda: engine.healthy,
+        healthy=True,
+        token_database=SimpleNamespace(process_tokens=lambda tokens, request_configs: [(0, 0, t) for t in tokens]),
+        store=Store(),
+    )
+    monkeypatch.setattr(kv_connector, "_remote_backend", lambda e: SimpleNamespace(connection=e.store))
+    yield PutTracker(engine, Heard(), 0, 1)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def ends(tracker, count=1):
+    said = tracker._announcer.said
+    wait_until(lambda: len(said) >= count, "the end is announced", 5)
+    return said
+
+
+def test_end_comes_after_the_last_put(tracker):
+    tracker.submitted(["a", "b", "b"])
+    tracker.confirm("r1", ["a", "b"], None)
+    tracker.done("a")
+    tracker.done("b")
+    tracker.confirm("r2", ["c"], None)
+    assert ends(tracker) == [("end", "r2", "stored", "")]
+    tracker.done("b")
+    assert ends(tracker, 2)[1] == ("end", "r1", "stored", "")
+
+
+def test_put_that_never_ends(tracker):
+    tracker.submitted(["a"])
+    tracker.confirm("r", ["a"], None)
+    assert ends(tracker)[0][:3] == ("end", "r", "failed")
+    assert "0.5 s" in ends(tracker)[0][3]
+
+
+def test_lost_chunks_and_dead_stores_are_told(tracker):
+    tracker._engine.store.present = 2
+    tracker.confirm("r", ["a", "b", "c"], None)
+    assert ends(tracker)[0] == ("end", "r", "failed", "1 of 3 chunks are not in the KV store")
+    tracker._engine.healthy = False
+    tracker.confirm("r", ["a"], None)
+    assert "unhealthy" in ends(tracker, 2)[1][3]
+
+
+# refusals and names
+
+
+def vllm_config(device="cpu", mla=False, cache_dtype="auto"):
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device=torch.device(device)),
+        model_config=SimpleNamespace(use_mla=mla),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+    )
+
+
+def test_refuses_what_it_cannot_move():
+    kv_connector._refuse_unsupported(vllm_config())
+    with pytest.raises(UnsupportedKVLayout, match="MLA"):
+        kv_connector._refuse_unsupported(vllm_config(mla=True))
+    for dtype in ("fp8", "fp8_e5m2", "int8"):
+        with pytest.raises(UnsupportedKVLayout, match=f"--kv-cache-dtype {dtype}"):
+            kv_connector._refuse_unsupported(vllm_config(cache_dtype=dtype))
+    kv_connector._refuse_unsupported(vllm_config(device="meta", mla=True, cache_dtype="fp8"))
+
+
+def connector_for(layers):
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    return CPUConnector(config)
+
+
+def test_refuses_unknown_layers_and_layouts():
+    with pytest.raises(UnsupportedKVLayout, match="no KV cache update"):
+        connector_for({}).register({"layer": torch.zeros(4, 2, 32, 64)})
+    layer = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=lambda *a: None))
+    with pytest.raises(UnsupportedKVLayout, match="shape"):
+        connector_for({"layer": layer}).register({"layer": torch.zeros(4, 576)})
+    with pytest.raises(UnsupportedKVLayout, match="as they are"):
+        connector_for({"layer": layer}).register({"layer": torch.zeros(4, 2, 32, 64)})
+
+
+def test_long_model_names_fit_into_keys():
+    from lmcache.utils import CacheEngineKey
+
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", "/a" * 200 + "/model", "/x/a@b", "tiny-llama"):
+        short = kv_connector.short_model_name(name, 8)
+        key = CacheEngineKey(short, 8, 7, 2**256 - 1, torch.bfloat16, {"lmcache.tag.r": "12345678"})
+        assert len(key.to_string()) <= MAX_KEY_LENGTH
+        assert "@" not in short
+    assert kv_connector.short_model_name("meta-llama/Llama-3.1-8B-Instruct", 8) == "meta-llama/Llama-3.1-8B-Instruct"
+    assert kv_connector.short_model_name("/a" * 200, 1) != kv_connector.short_model_name("/b" * 200, 1)
+
+
+def test_is_lmcaches_connector_to_vllm_and_to_the_gaudi_plugin():
+    assert "LMCache" in LMCacheDisaggConnectorV1.__name__
+    assert issubclass(LMCacheDisaggConnectorV1, KVConnectorBase_V1)
+    assert hasattr(LMCacheConnectorV1Impl, "build_connector_meta")

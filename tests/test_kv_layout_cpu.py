@@ -1,0 +1,143 @@
+"""kv_layout_cpu: every packing of vLLM's own CPU cache update is learned and moved exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from disagg_prefill_lmcache_v1.kv_layout_cpu import BlockLayout, CPUKVMover, UnsupportedKVLayout
+
+ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed: its cache update is what is tested")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("needs vLLM's CPU build: another device has no packed KV cache")
+    current_platform.import_kernels()
+
+
+def writer(isa):
+    def write(key, value, cache, slots):
+        blocks, heads, size, _ = cache.shape
+        key_cache, value_cache = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+
+    return write
+
+
+def learn(isa, block_size, heads, head_size, dtype):
+    return BlockLayout.learn(writer(isa), (heads, block_size, 2 * head_size), heads, block_size, head_size, dtype)
+
+
+def filled_cache(isa, block_size, heads, head_size, dtype, layers=2, blocks=9):
+    caches = [torch.zeros(blocks, heads, block_size, 2 * head_size, dtype=dtype) for _ in range(layers)]
+    keys = [torch.randn(blocks * block_size, heads, head_size).to(dtype) for _ in caches]
+    values = [torch.randn(blocks * block_size, heads, head_size).to(dtype) for _ in caches]
+    for cache, key, value in zip(caches, keys, values, strict=True):
+        writer(isa)(key, value, cache, torch.arange(blocks * block_size))
+    return caches, keys, values
+
+
+def slots_of(blocks, block_size, first, count):
+    table = torch.tensor(blocks)[:, None] * block_size + torch.arange(block_size)
+    return table.flatten()[first : first + count]
+
+
+SHAPES = [(16, 2, 80), (32, 4, 64), (128, 4, 64), (128, 1, 128), (64, 8, 128)]
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("block_size", "heads", "head_size"), SHAPES)
+def test_moves_exactly(isa, dtype, block_size, heads, head_size):
+    layout = learn(isa, block_size, heads, head_size, dtype)
+    caches, keys, values = filled_cache(isa, block_size, heads, head_size, dtype)
+    source = CPUKVMover(caches, layout)
+    empty = [torch.zeros_like(cache) for cache in caches]
+    target = CPUKVMover(empty, layout)
+    order = [7, 2, 8, 3, 0, 5]
+    size = block_size
+    for first, count in ((0, 1), (0, 5), (3, 2), (0, size), (0, size + 3), (0, 3 * size), (5, 2 * size + 7)):
+        slots = slots_of(order, size, first, count)
+        chunk = torch.empty(source.shape(count), dtype=dtype)
+        source.gather(chunk, slots)
+        plain = [torch.stack([x[slots].reshape(count, -1) for x in side]) for side in (keys, values)]
+        assert torch.equal(chunk, torch.stack(plain))
+        for cache in empty:
+            cache.zero_()
+        target.scatter(chunk, slots)
+        wanted = [torch.zeros_like(cache) for cache in caches]
+        for cache, key, value in zip(wanted, keys, values, strict=True):
+            writer(isa)(key[slots].contiguous(), value[slots].contiguous(), cache, slots)
+        assert all(torch.equal(a, b) for a, b in zip(empty, wanted, strict=True)), "differs from vLLM's own write"
+
+
+def test_packed_keys_are_not_plain():
+    """Were K plain, the exactness test above would prove nothing about packing."""
+    layout = learn("vec", 32, 2, 64, torch.float32)
+    assert not torch.equal(layout.position[0], layout.position[1] - layout.position[1].min())
+
+
+def test_layout_without_strided_view_moves_by_index():
+    torch.manual_seed(1)
+    shuffle = torch.randperm(2 * 2 * 16 * 8)
+
+    def write(key, value, cache, slots):
+        both = torch.stack((key, value)).reshape(-1)
+        flat = cache.view(cache.shape[0], -1)
+        per_token = key[0].numel()
+        for i, slot in enumerate(slots.tolist()):
+            block, offset = divmod(slot, 16)
+            for side in range(2):
+                at = shuffle[(side * 16 + offset) * per_token : (side * 16 + offset + 1) * per_token]
+                flat[block, at] = both.view(2, -1, per_token)[side, i]
+
+    layout = BlockLayout.learn(write, (2, 16, 16), 2, 16, 8, torch.float32)
+    assert layout.views == (None, None)
+    caches = [torch.zeros(4, 2, 16, 16)]
+    key, value = torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    slots = torch.arange(40)
+    write(key, value, caches[0], slots)
+    mover = CPUKVMover(caches, layout)
+    chunk = torch.empty(mover.shape(40))
+    mover.gather(chunk, slots)
+    assert torch.equal(chunk[0, 0], key.view(40, -1))
+    assert torch.equal(chunk[1, 0], value.view(40, -1))
+
+
+def test_refuses_padded_blocks():
+    with pytest.raises(UnsupportedKVLayout, match="elements"):
+        BlockLayout.learn(writer("vec"), (2, 32, 2 * 64 + 2), 2, 32, 64, torch.float32)
+
+
+def test_refuses_an_update_that_loses_elements():
+    def write(key, value, cache, slots):
+        cache.view(-1)[: key.numel()] = key.reshape(-1)
+
+    with pytest.raises(UnsupportedKVLayout, match="as they are"):
+        BlockLayout.learn(write, (2, 32, 128), 2, 32, 64, torch.float32)
+
+
+def test_refuses_an_update_that_quantises():
+    def write(key, value, cache, slots):
+        scaled = [(x / 3).transpose(0, 1).reshape(2, -1) for x in (key, value)]
+        cache.view(2, -1).copy_(torch.cat(scaled, dim=1))
+
+    with pytest.raises(UnsupportedKVLayout, match="as they are"):
+        BlockLayout.learn(write, (2, 32, 128), 2, 32, 64, torch.float32)
+
+
+def test_refuses_different_layers_and_foreign_chunks():
+    layout = learn("vec", 32, 2, 64, torch.float32)
+    with pytest.raises(UnsupportedKVLayout, match="hybrid"):
+        CPUKVMover([torch.zeros(3, 2, 32, 128), torch.zeros(3, 4, 32, 128)], layout)
+    with pytest.raises(UnsupportedKVLayout, match="contiguous"):
+        CPUKVMover([torch.zeros(3, 2, 128, 32).transpose(2, 3)], layout)
+    mover = CPUKVMover([torch.zeros(3, 2, 32, 128)], layout)
+    with pytest.raises(ValueError, match="needs"):
+        mover.gather(torch.empty(2, 1, 5, 64), torch.arange(5))
+    with pytest.raises(ValueError, match="needs"):
+        mover.scatter(torch.empty(2, 1, 5, 128, dtype=torch.bfloat16), torch.arange(5))
