@@ -46,6 +46,7 @@ BACKENDS = ("lm", "redis")
 URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss")}
 KV_ROLES = {"store": "kv_producer", "retrieve": "kv_consumer"}
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
+ENGINE_TITLE = "VLLM::"  # how vLLM calls its processes
 PROGRESS_EVERY_S = 5.0
 END_WITHIN_S = 9.0  # an instance that has been asked to end
 TERM_GRACE_S = 3.0
@@ -321,6 +322,12 @@ def instance_command(
 # --- processes
 
 
+def is_alive(pid: int) -> bool:
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def _parents() -> dict[int, int]:
     """Process id to parent id of all processes (zombies left out)."""
     found = {}
@@ -410,6 +417,7 @@ class Instance(Child):
 
     def __init__(self, command: Command, log_dir: Path, report_fd: int, write_fd: int) -> None:
         self._pipe, self._buffer = report_fd, b""
+        self._engines: dict[int, str] = {}
         os.set_blocking(report_fd, False)
         super().__init__(command, log_dir, pass_fds=(write_fd,))
         os.close(write_fd)
@@ -440,13 +448,24 @@ class Instance(Child):
                 next_report = now + PROGRESS_EVERY_S
         return self._take()
 
+    def started(self) -> None:
+        """From now on the engine's processes are watched too: an idle instance does not notice when one dies."""
+        for pid in descendants(self.process.pid):
+            with suppress(OSError):
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                if title.startswith(ENGINE_TITLE):
+                    self._engines[pid] = title.split()[0]
+
     def check(self) -> None:
-        """Raises Failure when the process has ended, with what it said about the cause."""
+        """Raises Failure when a process of the instance has ended, with what it said about the cause."""
         if self.process.poll() is not None:
             self._read()
             while b"\n" in self._buffer:
                 self._take()
         super().check()
+        for pid, title in self._engines.items():
+            if not is_alive(pid):
+                raise Failure(f"{title} of the {self.name} instance has died", self.log)
 
     def _read(self) -> None:
         with suppress(BlockingIOError):
@@ -568,6 +587,7 @@ def share(settings: Settings, log_dir: Path, python: str) -> dict[str, Any]:
 
         def await_start(role: str) -> None:
             instances[role].receive(ready_timeout, f"waiting for the {role} instance to start", children)
+            instances[role].started()
 
         def ask(role: str, what: str, operation: str, **arguments: Any) -> dict[str, Any]:
             instances[role].send(operation, **arguments)

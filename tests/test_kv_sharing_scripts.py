@@ -150,7 +150,14 @@ def test_signals_end_everything(model: Path, number: signal.Signals, status: int
         assert process.wait(20) == status
 
 
-def test_a_killed_server_ends_the_run(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "cause"),
+    [
+        (b"mock_kv_server", "the kv_server process was killed by SIGKILL"),
+        (b"VLLM::MockEngine", "VLLM::MockEngine of the "),
+    ],
+)
+def test_a_killed_process_ends_the_run(model: Path, which: bytes, cause: str) -> None:
     with subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments(model)],
         env=environment(MOCK_HANG="store"),
@@ -162,11 +169,11 @@ def test_a_killed_server_ends_the_run(model: Path) -> None:
         for line in process.stderr:
             if "both instances are ready" in line:
                 break
-        servers = [pid for pid, words in processes().items() if b"mock_kv_server" in words]
-        assert len(servers) == 1
-        os.kill(int(servers[0]), signal.SIGKILL)
+        found = [pid for pid, words in processes().items() if which in words]
+        assert found
+        os.kill(int(found[0]), signal.SIGKILL)
         assert process.wait(20) == 1
-        assert "the kv_server process was killed by SIGKILL" in process.stderr.read()
+        assert cause in process.stderr.read()
 
 
 def test_a_given_server_is_used_and_must_answer(model: Path) -> None:
