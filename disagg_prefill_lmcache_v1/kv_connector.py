@@ -268,13 +268,18 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         metadata = VllmServiceFactory(config, vllm_config, "worker").get_or_create_metadata()
         metadata.model_name = short_model_name(metadata.model_name, metadata.world_size)
         if vllm_config.device_config.device.type == "cpu":
+            _survive_seeded_requests()
             device_connector: GPUConnectorInterface = CPUConnector(vllm_config)
             self._cpu = device_connector
         else:
             device_connector = CreateGPUConnector(
                 config, metadata, EngineType.VLLM, layout_hints=vllm_layout_hints(vllm_config)
             )
+            _order_streams(device_connector)
         group = get_tp_group()
+        # Nothing here uses LMCache's offload server, and its end blocks for 5 s: as long as vLLM waits for a worker,
+        # which is then killed and leaks semaphores and shared memory.
+        VllmServiceFactory.maybe_create_offload_server = lambda self: None  # type: ignore[method-assign]
         LMCacheEngineBuilder.get_or_create(
             ENGINE_NAME, config, metadata, device_connector, group.broadcast, group.broadcast_object
         )
@@ -394,6 +399,51 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         if said is not None:
             meta.requests.remove(said)
         meta.add_request(request)
+
+
+def _order_streams(connector: GPUConnectorInterface) -> None:
+    """Let LMCache's copy streams wait for vLLM's own stream.
+
+    LMCache copies on streams of its own (CUDA) and does not wait for the forward pass that writes the KV cache: it
+    stores what was there before, and loads into blocks that an earlier step may still be writing.
+    """
+    for method, name in (("batched_from_gpu", "store_stream"), ("batched_to_gpu", "load_stream")):
+        stream = getattr(connector, name, None)
+        if stream is None:
+            continue
+
+        def ordered(*args: Any, copy: Any = getattr(connector, method), stream: Any = stream, **kwargs: Any) -> Any:
+            stream.wait_stream(torch.cuda.current_stream())
+            return copy(*args, **kwargs)
+
+        setattr(connector, method, ordered)
+
+
+def _survive_seeded_requests() -> None:
+    """Keep one request with a ``seed`` from ending vLLM's CPU engine.
+
+    When a step prefills only part of a prompt, vLLM takes the sampled token back by moving the offset of the request's
+    random generator; a CPU generator has none and raises, which ends the engine (vLLM 0.27 to 0.32). Starting the
+    generator again is the same thing: nothing that counts has been drawn before prefill is complete.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    keep_books = CPUModelRunner._bookkeeping_sync
+    if hasattr(keep_books, "seeded"):
+        return
+
+    def keep_books_of_seeded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        partial = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        taken = {i: generators.pop(i) for i in partial if i in generators}
+        try:
+            return keep_books(self, *args, **kwargs)
+        finally:
+            for i, generator in taken.items():
+                generators[i] = generator.manual_seed(generator.initial_seed())
+
+    keep_books_of_seeded.seeded = True  # type: ignore[attr-defined]
+    CPUModelRunner._bookkeeping_sync = keep_books_of_seeded
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -2,7 +2,7 @@
 
 Used by the scripts kv_cache_sharing_lmcache_v1.py and kv_cache_sharing_lmcache_v1_tp2.py. Each instance is a process
 of its own (kv_sharing_instance.py) with its own environment; the KV server between them is started here unless a URL
-is given. The second instance begins when every rank of the first has found its KV in the store.
+is given. The second begins when every rank of the first has found its KV in the store and the first has ended.
 
 Exit status: 0 when both texts are equal and KV was reused, 1 when not or when something failed, 2 for bad usage.
 """
@@ -48,7 +48,8 @@ KV_ROLES = {"store": "kv_producer", "retrieve": "kv_consumer"}
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
 ENGINE_TITLE = "VLLM::"  # how vLLM calls its processes
 PROGRESS_EVERY_S = 5.0
-END_WITHIN_S = 9.0  # an instance that has been asked to end
+STORE_END_WITHIN_S = 30.0  # ends before the other begins: the KV cache outlives it, and the timing is not disturbed
+END_WITHIN_S = 9.0  # ends after the result
 TERM_GRACE_S = 3.0
 LOG_LINES_SHOWN = 15
 
@@ -621,26 +622,31 @@ def share(settings: Settings, log_dir: Path, python: str) -> dict[str, Any]:
         ask("store", "warming up the store instance", "generate", token_ids=warm_up, max_tokens=2, **store)
         ask("retrieve", "warming up the retrieve instance", "generate", token_ids=warm_up, max_tokens=2)
         stored = ask("store", "storing", "generate", token_ids=prompt, max_tokens=settings.max_tokens, **store)
-        say(f"{len(prompt)} tokens are in the store; the other instance begins")
+        say(f"{len(prompt)} tokens are in the store; the first instance ends")
+        children.remove(instances["store"])
+        end(instances["store"], STORE_END_WITHIN_S)
         retrieved = ask("retrieve", "retrieving", "generate", token_ids=prompt, max_tokens=settings.max_tokens)
         recomputed = ask("retrieve", "recomputing for comparison", "generate", token_ids=other, max_tokens=1)
         result = make_result(settings, prompt, stored, retrieved, recomputed)
         show(result)
-        end(instances.values())
+        end(instances["retrieve"], END_WITHIN_S)
         return result
 
 
-def end(instances: Sequence[Instance] | Any) -> None:
-    """Asks the instances to end and waits; what does not end in time is killed by `all_ended`."""
-    instances = list(instances)
-    for instance in instances:
-        instance.send("end", within_s=END_WITHIN_S - 1)  # what is left after that is killed, from the inside
-    deadline = time.monotonic() + END_WITHIN_S
-    for instance in instances:
-        try:
-            instance.process.wait(timeout=max(deadline - time.monotonic(), 0.01))
-        except subprocess.TimeoutExpired:
+def end(instance: Instance, within_s: float) -> None:
+    """Asks an instance to end and waits; what does not end in time is left to `all_ended`, which kills it."""
+    instance.send("end", within_s=within_s - 1)  # after that it kills what is left of its engine
+    begin = time.monotonic()
+    next_report = begin + PROGRESS_EVERY_S
+    while instance.process.poll() is None:
+        now = time.monotonic()
+        if now - begin > within_s:
             say(f"the {instance.name} instance does not end: it is killed (log: {instance.log})")
+            return
+        if now >= next_report:
+            say(f"waiting for the {instance.name} instance to end: {now - begin:.0f} s")
+            next_report = now + PROGRESS_EVERY_S
+        time.sleep(0.05)
 
 
 def make_result(

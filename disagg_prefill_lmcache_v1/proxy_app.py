@@ -37,7 +37,7 @@ _HOP_BY_HOP = frozenset(
      b"trailer", b"transfer-encoding", b"upgrade", b"content-length")
 )  # fmt: skip
 _NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
-_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms"}
+_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms"}
 _KV_STATES = {b"stored": "stored", b"timeout": "timeout", b"failed": "failed", b"none": "none"}
 _HELD_EVENT = 1 << 20  # longest part of an unfinished event that waits for its end
 
@@ -96,6 +96,7 @@ class Job:
         "decoder",
         "event_stream",
         "kv_state",
+        "kv_transfer_ms",
         "kv_wait_ms",
         "method",
         "outcome",
@@ -125,7 +126,7 @@ class Job:
         self.prefill_outcome = ""
         self.prefill_s = self.decode_s = self.ttft_s = -1.0
         self.kv_state = ""
-        self.kv_wait_ms = -1.0
+        self.kv_wait_ms = self.kv_transfer_ms = -1.0
         self.prompt_tokens = self.cached_tokens = -1
         self.prefiller = self.decoder = ""
         self.sent = 0
@@ -503,6 +504,9 @@ class Proxy:
             elif name == b"x-kv-wait-ms":
                 with contextlib.suppress(ValueError):
                     wait = float(value)
+            elif name == b"x-kv-transfer-ms":
+                with contextlib.suppress(ValueError):
+                    job.kv_transfer_ms = float(value)
         job.kv_state = state
         self.metrics.values[self._kv_indexes[state]] += 1.0
         if wait is not None:
@@ -654,6 +658,8 @@ class Proxy:
             text += f"x-kv-state: {job.kv_state}\r\n"
             if job.kv_wait_ms >= 0:
                 text += f"x-kv-wait-ms: {job.kv_wait_ms:.1f}\r\n"
+            if job.kv_transfer_ms >= 0:
+                text += f"x-kv-transfer-ms: {job.kv_transfer_ms:.1f}\r\n"
         return text.encode()
 
     def _pass_on(

@@ -219,9 +219,9 @@ def no_redis(launch: Launch) -> Path:
     tools = launch.folder / "bin"
     tools.mkdir()
     wanted = (
-        "awk bash chmod cut df dirname env flock grep mkdir readlink sed setsid sh sha256sum sleep sort tail timeout"
+        "awk bash cat chmod cut df dirname env flock grep mkdir readlink rm sed setsid sh sha256sum sleep sort tail tr"
     )
-    for name in wanted.split():
+    for name in [*wanted.split(), "timeout"]:
         (tools / name).symlink_to(str(shutil.which(name)))
     return tools
 
