@@ -46,6 +46,7 @@ _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _UNSENT_BYTES = 128 * 1024
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 * 1024 * 1024
+_GC_THRESHOLDS = (10_000, 20, 20)
 
 
 class _Server(uvicorn.Server):
@@ -95,9 +96,10 @@ def serve(settings: Settings, sock: socket.socket, metrics: Metrics) -> None:
         ssl_certfile=settings.ssl_certfile or None,
     )
     _keep_freed_memory()
-    # What start-up made stays; scanning it again and again would cost each request a little.
+    # What start-up made stays; scanning it again and again would cost each request a little. Requests leave few cycles.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     try:
         _Server(config).run(sockets=[sock])
     finally:

@@ -408,11 +408,11 @@ def _order_streams(connector: GPUConnectorInterface) -> None:
     stores what was there before, and loads into blocks that an earlier step may still be writing.
     """
     for method, name in (("batched_from_gpu", "store_stream"), ("batched_to_gpu", "load_stream")):
-        stream = getattr(connector, name, None)
+        stream, original = getattr(connector, name, None), getattr(connector, method)
         if stream is None:
             continue
 
-        def ordered(*args: Any, copy: Any = getattr(connector, method), stream: Any = stream, **kwargs: Any) -> Any:
+        def ordered(*args: Any, copy: Any = original, stream: Any = stream, **kwargs: Any) -> Any:
             stream.wait_stream(torch.cuda.current_stream())
             return copy(*args, **kwargs)
 
