@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from disagg_prefill_lmcache_v1.kv_layout_cpu import BlockLayout, CPUKVMover
+from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover
 
 # name, layers, KV heads, head size, dtype, block size
 SHAPES = [
@@ -54,7 +54,7 @@ def measure(isa: str, layers: int, heads: int, head_size: int, dtype: torch.dtyp
     count = max(2, BYTES // per_chunk)
     per_chunk_blocks = -(-tokens // block)
     blocks = count * per_chunk_blocks
-    mover = CPUKVMover([torch.zeros(blocks, heads, block, 2 * head_size, dtype=dtype) for _ in range(layers)], layout)
+    mover = KVMover([torch.zeros(blocks, heads, block, 2 * head_size, dtype=dtype) for _ in range(layers)], layout)
     order = torch.randperm(blocks).view(count, per_chunk_blocks)
     slots = [(order[i][:, None] * block + torch.arange(block)).flatten()[:tokens] for i in range(count)]
     chunks = [torch.zeros(mover.shape(tokens), dtype=dtype) for _ in range(count)]

@@ -3,8 +3,8 @@
 vLLM loads the class through its documented seam, ``kv_connector_module_path`` in ``--kv-transfer-config``. On every
 device the engine, the YAML and the store are LMCache's own; added here are
 
-- on the CPU, where LMCache has none, the copy between vLLM's KV cache and chunks (kv_layout_cpu.py). On HPU and CUDA
-  LMCache's own copy is used;
+- on the CPU, where LMCache has none, and on CUDA where its kernels do not load, the copy between vLLM's KV cache and
+  chunks (kv_layout.py). On HPU, and on CUDA otherwise, it is LMCache's own, on streams that wait for vLLM's;
 - the last, part-filled chunk of every prompt is stored. LMCache leaves it out when prefill ran in several steps or
   started from a cached prefix;
 - word of when a request's KV is visible in the store (kv_visibility.py);
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1 import kv_store
-from disagg_prefill_lmcache_v1.kv_layout_cpu import BlockLayout, CPUKVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv_visibility import Announcer, wait_timeout_s
 
 if TYPE_CHECKING:
@@ -49,18 +50,23 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-class CPUConnector(GPUConnectorInterface):
-    """LMCache's device seam for vLLM's CPU KV cache; "gpu" is LMCache's word for the device."""
+class PagedKVConnector(GPUConnectorInterface):
+    """LMCache's device seam over a KV cache layout that was learned; "gpu" is LMCache's word for the device.
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    Args:
+        heads, head_size: KV heads of this tensor parallel rank.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, heads: int, head_size: int) -> None:
         self._vllm_config = vllm_config
-        self._mover: CPUKVMover | None = None
+        self._heads, self._head_size = heads, head_size
+        self._mover: KVMover | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout of the registered caches.
 
         Args:
-            kv_caches: layer name to ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+            kv_caches: layer name to ``[num_blocks, ...]``, any order of heads, tokens and K/V within a block.
 
         Raises:
             UnsupportedKVLayout: it cannot be moved exactly.
@@ -73,44 +79,33 @@ class CPUConnector(GPUConnectorInterface):
             impl = getattr(layer, "impl", None)
             if not isinstance(cache, torch.Tensor) or not hasattr(impl, "do_kv_cache_update"):
                 raise UnsupportedKVLayout(f"layer {name}: {type(impl).__name__} has no KV cache update to learn from")
-            if cache.dim() != 4:
-                raise UnsupportedKVLayout(
-                    f"layer {name}: KV cache of shape {tuple(cache.shape)}; [blocks, heads, block_size, 2 * head_size] "
-                    "is understood (MLA and state-space layers are not)"
-                )
-            heads, block_size, head_size = cache.shape[1], cache.shape[2], cache.shape[3] // 2
             isa = getattr(layer, "isa", getattr(impl, "isa", None))
-            kind = (isa, type(impl), tuple(cache.shape[1:]), cache.dtype)
+            kind = (isa, type(impl), cache.shape[1:], cache.stride()[1:], cache.dtype)
             if kind not in layouts:
-                begin = time.perf_counter()
-
-                def write(
-                    key: torch.Tensor,
-                    value: torch.Tensor,
-                    scratch: torch.Tensor,
-                    slots: torch.Tensor,
-                    impl: Any = impl,
-                    layer: Any = layer,
-                ) -> None:
-                    impl.do_kv_cache_update(layer, key, value, scratch, slots)
-
-                layouts[kind] = BlockLayout.learn(write, cache.shape[1:], heads, block_size, head_size, cache.dtype)
-                logger.info(
-                    "CPU KV layout learned in %.0f ms: isa %s, block %d, %d KV heads of %d, %s",
-                    (time.perf_counter() - begin) * 1000,
-                    isa,
-                    block_size,
-                    heads,
-                    head_size,
-                    cache.dtype,
-                )
+                layouts[kind] = self._learn(name, cache, layer, impl)
+                logger.info("KV layout learned: %s, isa %s, %s", type(impl).__name__, isa, layouts[kind].summary)
             learned.append(layouts[kind])
         if any(layout is not learned[0] for layout in learned):
             raise UnsupportedKVLayout("layers with different KV cache layouts cannot be moved (hybrid model)")
-        self._mover = CPUKVMover(list(kv_caches.values()), learned[0])
+        self._mover = KVMover(list(kv_caches.values()), learned[0])
+
+    def _learn(self, name: str, cache: torch.Tensor, layer: Any, impl: Any) -> BlockLayout:
+        def write(key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> None:
+            impl.do_kv_cache_update(layer, key, value, scratch, slots)
+
+        # The attention kernel's block may be a part of the scheduler's: what counts is how many tokens a block holds.
+        block_size = cache[0].numel() // (2 * self._heads * self._head_size)
+        shape = (self._heads, block_size, self._head_size)
+        try:
+            return BlockLayout.learn(write, cache.shape[1:], *shape, cache.dtype, cache.device, cache.stride()[1:])
+        except UnsupportedKVLayout as error:
+            raise UnsupportedKVLayout(f"layer {name}: {error}") from None
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            shown = f"KV cache of shape {tuple(cache.shape)}: {type(impl).__name__} cannot fill one block of it"
+            raise UnsupportedKVLayout(f"layer {name}: {shown} ({error})") from error
 
     @property
-    def mover(self) -> CPUKVMover:
+    def mover(self) -> KVMover:
         if self._mover is None:
             raise RuntimeError("KV caches are not registered yet")
         return self._mover
@@ -249,7 +244,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         self._announcer = Announcer()
         self._tracker: PutTracker | None = None
-        self._cpu: CPUConnector | None = None
+        self._paged: PagedKVConnector | None = None
         self._role_name = vllm_config.kv_transfer_config.kv_role
         _refuse_unsupported(vllm_config)
         if role == KVConnectorRole.WORKER:
@@ -267,10 +262,12 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         config = lmcache_get_or_create_config()
         metadata = VllmServiceFactory(config, vllm_config, "worker").get_or_create_metadata()
         metadata.model_name = short_model_name(metadata.model_name, metadata.world_size)
-        if vllm_config.device_config.device.type == "cpu":
+        device = vllm_config.device_config.device.type
+        if device == "cpu":
             _survive_seeded_requests()
-            device_connector: GPUConnectorInterface = CPUConnector(vllm_config)
-            self._cpu = device_connector
+        if device == "cpu" or (device == "cuda" and not _lmcache_is_compiled()):
+            self._paged = PagedKVConnector(vllm_config, *metadata.kv_shape[3:5])
+            device_connector: GPUConnectorInterface = self._paged
         else:
             device_connector = CreateGPUConnector(
                 config, metadata, EngineType.VLLM, layout_hints=vllm_layout_hints(vllm_config)
@@ -287,8 +284,8 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     # worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if self._cpu is not None:
-            self._cpu.register(kv_caches)
+        if self._paged is not None:
+            self._paged.register(kv_caches)
         super().register_kv_caches(kv_caches)
         impl = self._lmcache_engine
         manager, engine = impl._manager, impl.lmcache_engine
@@ -447,11 +444,25 @@ def _survive_seeded_requests() -> None:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what would be moved wrongly."""
-    if vllm_config.device_config.device.type != "cpu":
+    """Raise for what our own copy would move wrongly (see _make_engine for where it is used)."""
+    device = vllm_config.device_config.device.type
+    if device != "cpu" and (device != "cuda" or _lmcache_is_compiled()):
         return
     if vllm_config.model_config.use_mla:
-        raise UnsupportedKVLayout("MLA models are not supported on the CPU: their KV cache holds no K and V per head")
+        raise UnsupportedKVLayout(f"MLA models are not supported on {device}: their KV cache holds no K and V per head")
     dtype = str(vllm_config.cache_config.cache_dtype)
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise UnsupportedKVLayout(f"--kv-cache-dtype {dtype} is not supported on the CPU: use auto")
+        raise UnsupportedKVLayout(f"--kv-cache-dtype {dtype} is not supported on {device}: use auto")
+
+
+def _lmcache_is_compiled() -> bool:
+    """Whether LMCache's CUDA kernels load.
+
+    Without them it copies with torch operations that take the packed KV cache of vLLM's FlashAttention (since 0.26) for
+    another layout, and stores other tokens' memory without an error.
+    """
+    try:
+        importlib.import_module("lmcache.cuda_ops")
+    except ImportError:
+        return False
+    return True

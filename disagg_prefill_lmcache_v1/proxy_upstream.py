@@ -27,6 +27,7 @@ from disagg_prefill_lmcache_v1.proxy_settings import Address
 _HEAD, _FIXED, _CHUNKED, _UNTIL_CLOSE, _IDLE, _CLOSED = range(6)
 _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
 
+_CLOSED_AT_ONCE, _CLOSE_PAUSE_S = 16, 0.02
 _MAX_LINE = 4096  # longest chunk-size or trailer line
 _MAX_TRAILER = 16384
 _plain_size = re.compile(rb"([0-9a-fA-F]{1,8})\r\n").match
@@ -593,10 +594,20 @@ class Client:
             connection.quiet += seconds
             if limit and connection.quiet >= limit:
                 connection.time_out()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        """Close connections that were idle for too long, a few at a time: after a burst there may be hundreds."""
         oldest = self.loop.time() - self.idle_connection_s
         idle = self._idle
-        while idle and idle[0].idle_since < oldest:
-            idle.pop(0).abort()
+        old = 0
+        while old < len(idle) and old < _CLOSED_AT_ONCE and idle[old].idle_since < oldest:
+            old += 1
+        stale, idle[:old] = idle[:old], []
+        for connection in stale:
+            connection.abort()
+        if old == _CLOSED_AT_ONCE:
+            self.loop.call_later(_CLOSE_PAUSE_S, self._close_idle)
 
     @property
     def idle_connections(self) -> int:

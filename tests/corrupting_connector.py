@@ -17,7 +17,7 @@ class LMCacheDisaggConnectorV1(kv_connector.LMCacheDisaggConnectorV1):
         super().register_kv_caches(kv_caches)
         if self._role_name != "kv_consumer":
             return
-        mover = self._cpu.mover
+        mover = self._paged.mover
         scatter = mover.scatter
 
         def corrupting_scatter(chunk: Any, slots: Any) -> None:

@@ -23,8 +23,8 @@ from lmcache.v1.protocol import MAX_KEY_LENGTH
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from disagg_prefill_lmcache_v1 import kv_connector
-from disagg_prefill_lmcache_v1.kv_connector import CPUConnector, LMCacheDisaggConnectorV1, PutTracker
-from disagg_prefill_lmcache_v1.kv_layout_cpu import UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_connector import LMCacheDisaggConnectorV1, PagedKVConnector, PutTracker
+from disagg_prefill_lmcache_v1.kv_layout import UnsupportedKVLayout
 
 BLOCK, CHUNK = 32, 64
 
@@ -272,17 +272,53 @@ def test_refuses_what_it_cannot_move():
     kv_connector._refuse_unsupported(vllm_config(device="meta", mla=True, cache_dtype="fp8"))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_cuda_without_lmcaches_kernels_is_held_to_the_same(monkeypatch, compiled):
+    monkeypatch.setattr(kv_connector, "_lmcache_is_compiled", lambda: compiled)
+    config = vllm_config(device="cuda", mla=True)
+    if compiled:
+        kv_connector._refuse_unsupported(config)
+    else:
+        with pytest.raises(UnsupportedKVLayout, match="MLA models are not supported on cuda"):
+            kv_connector._refuse_unsupported(config)
+
+
+def test_copies_wait_for_vllms_stream(monkeypatch):
+    done = []
+
+    class Stream:
+        def wait_stream(self, stream):
+            done.append(("waits for", stream))
+
+    copies = SimpleNamespace(
+        store_stream=Stream(),
+        batched_from_gpu=lambda *a, **k: done.append(("copies", a, k)),
+        batched_to_gpu=None,
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "vllm's")
+    kv_connector._order_streams(copies)
+    copies.batched_from_gpu(1, x=2)
+    assert done == [("waits for", "vllm's"), ("copies", (1,), {"x": 2})]
+
+
 def connector_for(layers):
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-    return CPUConnector(config)
+    return PagedKVConnector(config, 2, 32)
 
 
 def test_refuses_unknown_layers_and_layouts():
     with pytest.raises(UnsupportedKVLayout, match="no KV cache update"):
         connector_for({}).register({"layer": torch.zeros(4, 2, 32, 64)})
     layer = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=lambda *a: None))
-    with pytest.raises(UnsupportedKVLayout, match="shape"):
+    with pytest.raises(UnsupportedKVLayout, match="elements"):
         connector_for({"layer": layer}).register({"layer": torch.zeros(4, 576)})
+
+    def picky(*args):
+        raise RuntimeError("another shape please")
+
+    layer_of_picky = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=picky))
+    with pytest.raises(UnsupportedKVLayout, match=r"cannot fill one block.*another shape"):
+        connector_for({"layer": layer_of_picky}).register({"layer": torch.zeros(4, 2, 32, 64)})
     with pytest.raises(UnsupportedKVLayout, match="as they are"):
         connector_for({"layer": layer}).register({"layer": torch.zeros(4, 2, 32, 64)})
 

@@ -1,11 +1,12 @@
-"""vLLM's CPU KV cache, read and written as LMCache chunks.
+"""vLLM's paged KV cache, read and written as LMCache chunks, whatever its layout.
 
-vLLM's CPU attention packs keys and values per instruction set (transposed, interleaved, ...) and says nowhere how.
-A wrong guess moves whole blocks correctly and corrupts part-filled ones, without an error. So nothing is guessed
-here: ``BlockLayout.learn`` writes numbered keys and values through the layer's own cache-update function into a
-one-block scratch cache and reads back where each went. What cannot be learned is refused when the server starts.
+vLLM's CPU attention packs keys and values per instruction set (transposed, interleaved, ...), its CUDA backends differ
+from one version to the next, and none of it is an interface. A wrong guess moves whole blocks correctly and corrupts
+part-filled ones, or everything, without an error. So nothing is guessed here: ``BlockLayout.learn`` writes numbered
+keys and values through the layer's own cache-update function into a one-block scratch cache and reads back where each
+went. What cannot be learned is refused when the server starts.
 
-Stored chunks have LMCache's ``KV_2LTD`` format, ``[2, layers, tokens, kv_heads * head_size]``, as on HPU and CUDA.
+Stored chunks have LMCache's ``KV_2LTD`` format, ``[2, layers, tokens, kv_heads * head_size]``, on every device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class UnsupportedKVLayout(ValueError):
     """This KV cache cannot be moved exactly; the server must not start with it."""
 
 
-# 0..127 is exact in every dtype that the CPU backend stores (float32, float16, bfloat16).
+# 0..127 is exact in every dtype that KV is stored in (float32, float16, bfloat16).
 _RADIX = 128
 
 
@@ -68,6 +69,16 @@ def _as_strides(position: torch.Tensor) -> tuple[list[int], list[int]] | None:
     return (sizes, strides) if torch.equal(flat.reshape(-1) + position[0, 0], position.reshape(-1)) else None
 
 
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements fill a piece of memory without gaps, each place once, in whatever order of axes."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """Where the elements of one KV cache block lie.
@@ -88,6 +99,24 @@ class BlockLayout:
     head_stride: int
 
     @property
+    def summary(self) -> str:
+        """In words, for the log."""
+        packed = ", ".join("by index" if view is None else f"as {view[0]} by {view[1]}" for view in self.views)
+        return f"block of {self.block_size} tokens, {self.heads} KV heads of {self.head_size}; K, V {packed}"
+
+    @property
+    def run(self) -> int:
+        """Elements of one K or V vector that lie side by side: what an index can move at once."""
+        run = self.head_size
+        while run > 1:
+            parts = self.position.view(2, self.block_size, self.heads, -1, run)
+            aligned = not bool((parts[..., 0] % run).any())
+            if aligned and torch.equal(parts, parts[..., :1] + torch.arange(run)):
+                break
+            run = run // 2 if run % 2 == 0 else 1
+        return run
+
+    @property
     def elements(self) -> int:
         """Elements of one block, K and V of all heads."""
         return 2 * self.heads * self.block_size * self.head_size
@@ -101,14 +130,16 @@ class BlockLayout:
         block_size: int,
         head_size: int,
         dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        block_strides: Sequence[int] | None = None,
     ) -> BlockLayout:
         """Find the layout by writing numbered elements through vLLM's own cache update.
 
         Args:
             write: ``write(key, value, cache, slot_mapping)``; key and value are ``[tokens, heads, head_size]``,
                 cache is ``[1, *block_shape]``, slot_mapping ``[tokens]`` int64.
-            block_shape: shape of one block as vLLM holds it.
-            dtype: of the KV cache.
+            block_shape, block_strides: of one block as vLLM holds it; without strides it is contiguous.
+            dtype, device: of the KV cache.
 
         Raises:
             UnsupportedKVLayout: the block does not hold exactly one place for each K and V element.
@@ -123,15 +154,22 @@ class BlockLayout:
                 f"{block_size} tokens x {heads} KV heads x {head_size} x 2 (K and V): padded, compressed (MLA) or "
                 "quantised KV caches cannot be moved"
             )
+        if block_strides is None:
+            block_strides = torch.empty(tuple(block_shape), device="meta").stride()
+        if not _is_dense(block_shape, block_strides):
+            raise UnsupportedKVLayout(
+                f"a KV block of shape {tuple(block_shape)} and strides {tuple(block_strides)} has gaps or overlaps"
+            )
         number = torch.arange(1, 2 * per_side + 1)
         found = torch.zeros(2 * per_side, dtype=torch.int64)
-        slots = torch.arange(block_size)
+        slots = torch.arange(block_size, device=device)
         place, weight = 1, 1
         while place <= 2 * per_side:
-            digit = (number // weight % _RADIX).to(dtype).view(2, block_size, heads, head_size)
-            cache = torch.zeros((1, *block_shape), dtype=dtype)
+            digit = (number // weight % _RADIX).to(dtype).view(2, block_size, heads, head_size).to(device)
+            memory = torch.zeros(cells, dtype=dtype, device=device)
+            cache = memory.as_strided((1, *block_shape), (cells, *block_strides))
             write(digit[0].contiguous(), digit[1].contiguous(), cache, slots)
-            found += cache.reshape(-1).round().to(torch.int64) * weight
+            found += memory.cpu().round().to(torch.int64) * weight
             weight *= _RADIX
             place *= _RADIX
         position = torch.full((2 * per_side + 1,), -1, dtype=torch.int64)
@@ -151,36 +189,46 @@ class BlockLayout:
         return cls(heads, block_size, head_size, position, (views[0], views[1]), head_stride)
 
 
-class CPUKVMover:
+class KVMover:
     """Copies tokens between a server's paged KV caches and chunk tensors.
 
-    Whole blocks move as strided copies, the tokens of part-filled blocks by index: both are exact, no loop runs over
-    tokens.
+    On the CPU whole blocks move as strided copies and the tokens of part-filled blocks by index; elsewhere all tokens
+    move by index on the device, a whole chunk at a time, and cross to or from the host in one copy. All of it is exact,
+    no loop runs over tokens.
 
     Args:
-        caches: the layers' KV caches, each ``[num_blocks, ...]``, one block contiguous.
+        caches: the layers' KV caches, each ``[num_blocks, ...]``; one block fills a piece of memory, in any order.
         layout: layout of one block, the same in every layer.
 
     Raises:
-        UnsupportedKVLayout: caches of different shape or dtype, or blocks that are not contiguous.
+        UnsupportedKVLayout: caches of different shape or dtype, or blocks with gaps.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], layout: BlockLayout) -> None:
         first = caches[0]
         for cache in caches:
-            if cache.device.type != "cpu":
-                raise UnsupportedKVLayout(f"the KV cache is on {cache.device}, not on the CPU")
-            if cache.shape != first.shape or cache.dtype != first.dtype:
-                raise UnsupportedKVLayout("layers with different KV cache shapes cannot be moved (hybrid model)")
-            if not cache[0].is_contiguous():
-                raise UnsupportedKVLayout("a KV cache block is not contiguous")
+            alike = (cache.shape, cache.stride(), cache.dtype, cache.device)
+            if alike != (first.shape, first.stride(), first.dtype, first.device):
+                raise UnsupportedKVLayout("layers with different KV caches cannot be moved (hybrid model)")
+            if not _is_dense(cache.shape[1:], cache.stride()[1:]):
+                raise UnsupportedKVLayout("a KV cache block is not contiguous in memory")
         self.layout = layout
         self.caches = list(caches)
         self.dtype = first.dtype
-        self.num_blocks = first.shape[0]
+        self.device = first.device
         # [blocks, elements] of each layer; as_strided because blocks may be further apart than their size
         self._blocks = [c.as_strided((c.shape[0], layout.elements), (c.stride(0), 1)) for c in caches]
-        self._flat_index: dict[tuple[int, ...], torch.Tensor] = {}
+        # for the index: each layer as rows of `run` elements, and where the rows of a token begin
+        run = layout.run
+        if any(c.stride(0) % run or c.storage_offset() % run for c in caches):
+            run = 1
+        self._rows = [
+            c.as_strided((((c.shape[0] - 1) * c.stride(0) + layout.elements) // run, run), (run, 1)) for c in caches
+        ]
+        self._row_stride = first.stride(0) // run
+        self._run = run
+        starts = layout.position.view(2, layout.block_size, -1, run)[..., 0] // run
+        self._row_of = starts.to(self.device)  # [2, block_size, heads * head_size / run]
 
     def shape(self, tokens: int) -> torch.Size:
         """Shape of a chunk of ``tokens`` tokens: ``[2, layers, tokens, heads * head_size]``."""
@@ -200,10 +248,24 @@ class CPUKVMover:
                 f"chunk of shape {tuple(chunk.shape)} and {chunk.dtype}; this server's KV cache needs "
                 f"{tuple(self.shape(slots.numel()))} and {self.dtype}"
             )
+        if self.device.type != "cpu":
+            self._move_on_device(chunk, slots.to(self.device), to_cache)
+            return
         for start, count, blocks in self._whole_blocks(slots):
             self._move_blocks(chunk[:, :, start : start + count], blocks, to_cache)
         for start, stop in self._loose_tokens(slots):
             self._move_tokens(chunk[:, :, start:stop], slots[start:stop], to_cache)
+
+    def _move_on_device(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
+        # On the device's current stream, which is the one that vLLM computes on: nothing can overtake.
+        if to_cache:
+            self._move_tokens(chunk.to(self.device, non_blocking=True), slots, to_cache)
+            # the staging memory goes back to the pool when this returns
+            torch.accelerator.current_stream().synchronize()
+            return
+        staging = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
+        self._move_tokens(staging, slots, to_cache)
+        chunk.copy_(staging)
 
     def _whole_blocks(self, slots: torch.Tensor) -> list[tuple[int, int, list[int]]]:
         """The run of whole blocks in ``slots``: (first token, tokens, block numbers), at most one run."""
@@ -263,16 +325,13 @@ class CPUKVMover:
         return strides[::-1]
 
     def _move_tokens(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
-        layout = self.layout
-        blocks, offsets = slots // layout.block_size, slots % layout.block_size
+        size = self.layout.block_size
+        first_rows = (slots // size * self._row_stride).unsqueeze(1)
         for side in range(2):
-            place = layout.position[side][offsets].view(slots.numel(), -1)  # [tokens, heads * head_size]
-            for layer, cache in enumerate(self._blocks):
-                flat = cache.as_strided(((self.num_blocks - 1) * cache.stride(0) + layout.elements,), (1,))
-                index = place + (blocks * cache.stride(0)).unsqueeze(1)
+            index = (self._row_of[side][slots % size] + first_rows).view(-1)
+            for layer, rows in enumerate(self._rows):
+                plain = chunk[side, layer].view(-1, self._run)
                 if to_cache:
-                    flat[index] = chunk[side, layer]
+                    rows.index_copy_(0, index, plain)
                 else:
-                    torch.take(flat, index, out=chunk[side, layer]) if chunk[side, layer].is_contiguous() else chunk[
-                        side, layer
-                    ].copy_(flat[index])
+                    torch.index_select(rows, 0, index, out=plain)

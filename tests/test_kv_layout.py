@@ -1,11 +1,11 @@
-"""kv_layout_cpu: every packing of vLLM's own CPU cache update is learned and moved exactly."""
+"""kv_layout: every packing of vLLM's own CPU cache update is learned and moved exactly."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from disagg_prefill_lmcache_v1.kv_layout_cpu import BlockLayout, CPUKVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
 
 ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed: its cache update is what is tested")
 
@@ -55,9 +55,9 @@ SHAPES = [(16, 2, 80), (32, 4, 64), (128, 4, 64), (128, 1, 128), (64, 8, 128)]
 def test_moves_exactly(isa, dtype, block_size, heads, head_size):
     layout = learn(isa, block_size, heads, head_size, dtype)
     caches, keys, values = filled_cache(isa, block_size, heads, head_size, dtype)
-    source = CPUKVMover(caches, layout)
+    source = KVMover(caches, layout)
     empty = [torch.zeros_like(cache) for cache in caches]
-    target = CPUKVMover(empty, layout)
+    target = KVMover(empty, layout)
     order = [7, 2, 8, 3, 0, 5]
     size = block_size
     for first, count in ((0, 1), (0, 5), (3, 2), (0, size), (0, size + 3), (0, 3 * size), (5, 2 * size + 7)):
@@ -101,11 +101,63 @@ def test_layout_without_strided_view_moves_by_index():
     key, value = torch.randn(40, 2, 8), torch.randn(40, 2, 8)
     slots = torch.arange(40)
     write(key, value, caches[0], slots)
-    mover = CPUKVMover(caches, layout)
+    mover = KVMover(caches, layout)
     chunk = torch.empty(mover.shape(40))
     mover.gather(chunk, slots)
     assert torch.equal(chunk[0, 0], key.view(40, -1))
     assert torch.equal(chunk[1, 0], value.view(40, -1))
+
+
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_plain_layouts_move_by_whole_vectors(head_size):
+    """Layouts of CUDA backends: K and V side by side in each head, or one after the other."""
+
+    def fused(key, value, cache, slots):
+        cache.view(-1, 2, 2 * head_size)[slots] = torch.cat((key, value), dim=2)
+
+    def apart(key, value, cache, slots):
+        for side, what in enumerate((key, value)):
+            cache[slots // 16, side, slots % 16] = what
+
+    for write, shape in ((fused, (16, 2, 2 * head_size)), (apart, (2, 16, 2, head_size))):
+        layout = BlockLayout.learn(write, shape, 2, 16, head_size, torch.bfloat16)
+        assert layout.run == {64: 64, 80: 80}[head_size]
+        caches = [torch.zeros(5, *shape, dtype=torch.bfloat16) for _ in range(3)]
+        key, value = torch.randn(2, 70, 2, head_size).to(torch.bfloat16)
+        slots = torch.randperm(80)[:70]
+        for cache in caches:
+            write(key, value, cache, slots)
+        mover = KVMover(caches, layout)
+        chunk = torch.empty(mover.shape(70), dtype=torch.bfloat16)
+        mover._move_on_device(chunk, slots, to_cache=False)
+        assert all(torch.equal(chunk[0, i], key.view(70, -1)) for i in range(3))
+        assert all(torch.equal(chunk[1, i], value.view(70, -1)) for i in range(3))
+        others = [torch.zeros_like(cache) for cache in caches]
+        KVMover(others, layout)._move_tokens(chunk, slots, to_cache=True)
+        assert all(torch.equal(a, b) for a, b in zip(caches, others, strict=True))
+
+
+def test_blocks_whose_axes_are_permuted_in_memory():
+    """vLLM shows [blocks, heads, tokens, 2 * head_size] and holds tokens before heads."""
+    shape, strides = (2, 16, 16), (16, 32, 1)
+
+    def write(key, value, cache, slots):
+        cache.transpose(1, 2)[slots // 16, slots % 16] = torch.cat((key, value), dim=2)
+
+    layout = BlockLayout.learn(write, shape, 2, 16, 8, torch.float32, block_strides=strides)
+    cache = torch.zeros(4, 16, 2, 16).transpose(1, 2)
+    key, value = torch.randn(2, 40, 2, 8)
+    slots = torch.randperm(64)[:40]
+    write(key, value, cache, slots)
+    chunk = torch.empty(2, 1, 40, 16)
+    KVMover([cache], layout).gather(chunk, slots)
+    assert torch.equal(chunk[:, 0], torch.stack((key, value)).view(2, 40, 16))
+    with pytest.raises(UnsupportedKVLayout, match="gaps"):
+        BlockLayout.learn(write, shape, 2, 16, 8, torch.float32, block_strides=(16, 33, 1))
+
+
+def test_packed_keys_move_by_element():
+    assert learn("vec", 32, 2, 64, torch.float32).run == 1
 
 
 def test_refuses_padded_blocks():
@@ -133,10 +185,10 @@ def test_refuses_an_update_that_quantises():
 def test_refuses_different_layers_and_foreign_chunks():
     layout = learn("vec", 32, 2, 64, torch.float32)
     with pytest.raises(UnsupportedKVLayout, match="hybrid"):
-        CPUKVMover([torch.zeros(3, 2, 32, 128), torch.zeros(3, 4, 32, 128)], layout)
+        KVMover([torch.zeros(3, 2, 32, 128), torch.zeros(3, 4, 32, 128)], layout)
     with pytest.raises(UnsupportedKVLayout, match="contiguous"):
-        CPUKVMover([torch.zeros(3, 2, 128, 32).transpose(2, 3)], layout)
-    mover = CPUKVMover([torch.zeros(3, 2, 32, 128)], layout)
+        KVMover([torch.zeros(3, 2, 32, 256)[..., ::2]], layout)
+    mover = KVMover([torch.zeros(3, 2, 32, 128)], layout)
     with pytest.raises(ValueError, match="needs"):
         mover.gather(torch.empty(2, 1, 5, 64), torch.arange(5))
     with pytest.raises(ValueError, match="needs"):
