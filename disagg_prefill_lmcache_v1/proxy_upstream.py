@@ -17,6 +17,7 @@ Contract
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import ssl
 from collections.abc import Sequence
@@ -501,7 +502,7 @@ class Client:
         self.max_head_bytes = max_head_bytes
         self.active: set[Connection] = set()
         self.closed = False
-        self._idle: list[Connection] = []
+        self._idle: dict[Connection, None] = {}  # the longest idle first
         self._ssl = ssl.create_default_context() if address.tls else None
 
     async def request(
@@ -541,10 +542,13 @@ class Client:
 
     def _take_idle(self) -> Connection | None:
         idle = self._idle
-        oldest = self.loop.time() - self.idle_connection_s
         while idle:
-            connection = idle.pop()
-            if connection.is_idle() and connection.idle_since >= oldest:
+            connection, _ = idle.popitem()
+            if connection.idle_since < self.loop.time() - self.idle_connection_s:
+                # All others have waited even longer; _close_idle() deals with them.
+                connection.abort()
+                return None
+            if connection.is_idle():
                 return connection
             connection.abort()
         return None
@@ -575,7 +579,7 @@ class Client:
         if keep_alive and not self.closed and not transport.is_closing():
             connection.resume()
             connection.set_idle(self.loop.time())
-            self._idle.append(connection)
+            self._idle[connection] = None
         else:
             connection._state = _CLOSED
             transport.close()
@@ -583,8 +587,7 @@ class Client:
     def forget(self, connection: Connection) -> None:
         """Called by a connection that is closed."""
         self.active.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
+        self._idle.pop(connection, None)
 
     def sweep(self, seconds: float) -> None:
         """Enforce the timeouts; called every ``seconds``. Also closes connections that were idle for too long."""
@@ -599,14 +602,11 @@ class Client:
     def _close_idle(self) -> None:
         """Close connections that were idle for too long, a few at a time: after a burst there may be hundreds."""
         oldest = self.loop.time() - self.idle_connection_s
-        idle = self._idle
-        old = 0
-        while old < len(idle) and old < _CLOSED_AT_ONCE and idle[old].idle_since < oldest:
-            old += 1
-        stale, idle[:old] = idle[:old], []
+        first = itertools.islice(self._idle, _CLOSED_AT_ONCE)
+        stale = [connection for connection in first if connection.idle_since < oldest]
         for connection in stale:
             connection.abort()
-        if old == _CLOSED_AT_ONCE:
+        if len(stale) == _CLOSED_AT_ONCE:
             self.loop.call_later(_CLOSE_PAUSE_S, self._close_idle)
 
     @property

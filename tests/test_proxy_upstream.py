@@ -510,3 +510,25 @@ def test_noise_ends_in_an_error(noise: bytes, cuts: list[int]) -> None:
     assert isinstance(response, UpstreamError)
     assert response.kind in ("lost", "protocol")
     assert not connection.client.active
+
+
+def test_idle_connections_are_closed_in_time_and_a_few_at_once() -> None:
+    async def run() -> None:
+        client = client_of(idle_connection_s=0.05)
+        for _ in range(100):
+            connection = Connection(client)
+            connection.connection_made(FakeTransport())
+            connection.exchange(REQUEST, no_body=False, buffer_limit=9, head_timeout=0, idle_timeout=0)
+            connection.data_received(OK + b"content-length: 0\r\n\r\n")
+        assert client.idle_connections == 100
+        client.sweep(1.0)
+        assert client.idle_connections == 100
+        await asyncio.sleep(0.1)
+        client.sweep(1.0)
+        assert 50 < client.idle_connections < 100
+        deadline = asyncio.get_running_loop().time() + 10
+        while client.idle_connections:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())

@@ -55,6 +55,7 @@ class Case:
 @dataclasses.dataclass
 class Answer:
     tokens: list[int]
+    top: list[dict[str, float]]  # log-probabilities of the likeliest tokens, before each token
     prompt_tokens: int
     reused: int
     headers: dict[str, str]
@@ -80,9 +81,11 @@ def ask(port: int, case: Case) -> Answer:
     else:
         parts = [json.loads(raw)]
     tokens = [t for part in parts for choice in part["choices"] for t in choice.get("token_ids") or []]
+    probabilities = [choice.get("logprobs") or {} for part in parts for choice in part["choices"]]
+    top = [step for each in probabilities for step in each.get("top_logprobs") or []]
     usage = next(part["usage"] for part in reversed(parts) if part.get("usage"))
     reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Answer(tokens, usage["prompt_tokens"], reused, headers)
+    return Answer(tokens, top, usage["prompt_tokens"], reused, headers)
 
 
 def ask_all(port: int, cases: list[Case], concurrency: int) -> list[Answer]:
@@ -108,7 +111,7 @@ def matrix(seed: int = 20) -> list[Case]:
     cases = []
     for i, (name, prompt) in enumerate(prompts):
         body = {"prompt": prompt, "max_tokens": ANSWER, "ignore_eos": True, "return_token_ids": True}
-        body |= {"temperature": 0} if i % 2 == 0 else {"temperature": 0.8, "top_p": 0.95, "seed": i}
+        body |= {"temperature": 0} if i % 2 == 0 else {"temperature": 0.8, "top_p": 0.95, "seed": i, "logprobs": 5}
         if i % 3 == 2:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         cases.append(Case(name, "/v1/completions", body))
@@ -324,11 +327,27 @@ def stack(request):
     return request.getfixturevalue(f"{request.param}_stack")
 
 
+def differs(answer: Answer, reference: Answer) -> bool:
+    """Whether other tokens came for another reason than a throw of the dice on the edge.
+
+    float32 sums in another order differ in the last bits, 1e-4 in the log-probabilities here. A sampled token can
+    change by that; then the distribution it was drawn from must be the same.
+    """
+    if answer.tokens == reference.tokens:
+        return False
+    at = next(i for i, (a, r) in enumerate(zip(answer.tokens, reference.tokens, strict=True)) if a != r)
+    if not reference.top:
+        return True
+    ours, theirs = answer.top[at], reference.top[at]
+    return any(abs(ours.get(token, -99) - p) > 1e-3 for token, p in list(theirs.items())[:3])
+
+
 def check_matrix(stack: Stack, reference: list[Answer], concurrency: int) -> None:
     cases = matrix()
     answers = ask_all(stack.proxy, cases, concurrency)
-    wrong = [c.name for c, a, r in zip(cases, answers, reference, strict=True) if a.tokens != r.tokens]
-    assert wrong == []
+    rows = list(zip(cases, answers, reference, strict=True))
+    assert [c.name for c, a, r in rows if differs(a, r)] == []
+    assert sum(a.tokens != r.tokens for _, a, r in rows) <= 2
     assert all(len(a.tokens) == ANSWER for a in answers)
     assert [(c.name, a.reused) for c, a in zip(cases, answers, strict=True) if not a.full_reuse] == []
     assert {a.headers["x-kv-state"] for a in answers} == {"stored"}
@@ -370,7 +389,7 @@ class Load:
             except (urllib.error.URLError, OSError, AssertionError) as error:
                 self.wrong.append(f"{case.name}: {error}")
                 return
-            if answer.tokens != wanted.tokens:
+            if differs(answer, wanted):
                 self.wrong.append(f"{case.name}: other tokens")
             self.reused.append(answer.full_reuse)
 
