@@ -117,4 +117,5 @@ measure() {
   info "done; logs and summary.json: ${S[run_dir]}"
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi
+# exit on the same line: bash reads a script while it runs, and this one may be edited meanwhile
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; exit; fi

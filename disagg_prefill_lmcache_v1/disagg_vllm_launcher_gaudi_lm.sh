@@ -67,4 +67,5 @@ run_server() {
   exec "${CHILD_CMD[@]}"
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi
+# exit on the same line: bash reads a script while it runs, and this one may be edited meanwhile
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; exit; fi

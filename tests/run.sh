@@ -45,4 +45,4 @@ check() {
   fi
 }
 
-main "$@"
+main "$@"; exit
