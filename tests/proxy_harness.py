@@ -95,9 +95,12 @@ class ProxyProcess:
         for thread in self._threads:
             thread.start()
         self.port = 0
-        found = wait_until(lambda: self._listening() or self.process.poll() is not None, "proxy listens")
-        assert found
-        assert self.port, "\n".join(self.messages)
+        try:
+            wait_until(lambda: self._listening() or self.process.poll() is not None, "proxy listens")
+            assert self.port, "\n".join(self.messages)
+        except AssertionError:
+            self.process.kill()
+            raise
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _listening(self) -> bool:

@@ -53,7 +53,7 @@ ROWS = [
     (COMPLETIONS, {"prompt": [1, 2, 3]}, {"prompt": [1, 2, 3]}),
     (COMPLETIONS, {"prompt": [[1, 2], [3]]}, {"prompt": [[1, 2], [3]]}),
     (COMPLETIONS, {"prompt_embeds": "AAAA"}, {"prompt_embeds": "AAAA"}),
-    (COMPLETIONS, {"seed": 7, "ignore_eos": True}, {"seed": 7, "ignore_eos": True}),
+    (COMPLETIONS, {"seed": 7, "ignore_eos": True}, {"ignore_eos": True}),
     (COMPLETIONS, {"temperature": 0.5, "top_p": 0.9, "top_k": 3}, {"temperature": 0.5, "top_p": 0.9, "top_k": 3}),
     (COMPLETIONS, {"truncate_prompt_tokens": 5, "cache_salt": "s"}, {"truncate_prompt_tokens": 5, "cache_salt": "s"}),
     (CHAT, {"messages": IMAGE}, {"messages": IMAGE}),

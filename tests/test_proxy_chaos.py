@@ -112,8 +112,9 @@ def test_chaos() -> None:
     flags = [flag for mock in mocks for flag in (names[mock.role], f"http://127.0.0.1:{mock.port}")]
     limits = ["--prefill-timeout-s", "0.4", "--decode-timeout-s", "0.8", "--stream-idle-timeout-s", "0.8",
               "--health-interval-s", "0.2", "--health-timeout-s", "0.5", "--log-level", "error"]  # fmt: skip
-    proxy = ProxyProcess(*flags, *limits)
+    proxy = None
     try:
+        proxy = ProxyProcess(*flags, *limits)
         asyncio.run(load(proxy.port, 300, 1, None))  # memory and connections as they are in use
         wait_until(lambda: idle(proxy), "the proxy is idle")
         descriptors, memory = proxy.descriptors(), proxy.resident_bytes()
@@ -128,7 +129,8 @@ def test_chaos() -> None:
         assert grown < max(0.1 * memory, 8_000_000), f"memory grew by {grown} bytes from {memory}"
         assert asyncio.run(load(proxy.port, 100, 3, None))["ok"] > 80
     finally:
-        proxy.stop(signal.SIGKILL)
+        if proxy is not None:
+            proxy.stop(signal.SIGKILL)
         for mock in mocks:
             mock.process.send_signal(signal.SIGCONT)
             mock.kill()
