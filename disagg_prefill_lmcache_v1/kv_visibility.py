@@ -28,7 +28,9 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -42,6 +44,8 @@ DEFAULT_TIMEOUT_S = 10.0
 _ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
 _GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _RECEIVE_BUFFER = 4 << 20  # bytes; a datagram is about 150
+_SEND_TIMEOUT_S = 5.0
+_ANNOUNCE_TIMEOUT_S = 1.0
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -77,8 +81,10 @@ class Announcer:
         name = os.environ.get(SOCKET_VARIABLE, "") if name is None else name
         self._address = _address(name)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if name else None
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         if self._socket is not None:
-            self._socket.setblocking(False)
+            self._socket.settimeout(_SEND_TIMEOUT_S)
+            threading.Thread(target=self._run, name="kv-visibility", daemon=True).start()
 
     def __bool__(self) -> bool:
         return self._socket is not None
@@ -102,15 +108,19 @@ class Announcer:
         self._send({**message, "ms": transfer_ms})
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self._socket is None:
-            return
-        # No listener (no HTTP request yet, offline use) or a full buffer: the holder's deadline covers both.
-        with contextlib.suppress(OSError):
-            self._socket.sendto(json.dumps(message).encode(), self._address)
+        if self._socket is not None:
+            self._queue.put(json.dumps(message).encode())
+
+    def _run(self) -> None:
+        # In a thread: Linux queues few datagrams (net.unix.max_dgram_qlen), a step can schedule more requests, and
+        # neither may a message be lost nor the engine wait for the API server.
+        while (data := self._queue.get()) is not None:
+            # No listener: no HTTP request was served yet, or offline use.
+            with contextlib.suppress(OSError):
+                self._socket.sendto(data, self._address)
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._queue.put(None)
 
 
 class Visibility:
@@ -122,22 +132,29 @@ class Visibility:
         self.reasons: list[str] = []
         self.unasked = False
         self.transfer_ms = 0.0
+        self._ended: set[str] = set()
+        self.announced = asyncio.Event()
         self.complete = asyncio.Event()
         self.complete.set()
 
     def begin(self, request_id: str) -> None:
+        # The engine and its ranks are several processes: an end may overtake its begin.
+        self.announced.set()
         self._ranks.setdefault(request_id, set())
-        self._missing.add(request_id)
-        self.complete.clear()
+        if request_id not in self._ended:
+            self._missing.add(request_id)
+            self.complete.clear()
 
     def end(self, request_id: str, rank: int, ranks: int, state: str, reason: str, transfer_ms: float) -> None:
         self.transfer_ms = max(self.transfer_ms, transfer_ms)
+        self.announced.set()
         done = self._ranks.setdefault(request_id, set())
         done.add(rank)
         if state == "failed":
             self.reasons.append(reason or state)
         self.unasked = self.unasked or state == "none"
         if len(done) >= ranks:
+            self._ended.add(request_id)
             self._missing.discard(request_id)
         else:
             self._missing.add(request_id)
@@ -145,10 +162,6 @@ class Visibility:
             self.complete.clear()
         else:
             self.complete.set()
-
-    @property
-    def began(self) -> bool:
-        return bool(self._ranks)
 
 
 class Listener:
@@ -285,10 +298,13 @@ class _Hold:
 
     async def _wait(self) -> list[tuple[bytes, bytes]]:
         begin = time.perf_counter()
-        self._listener.drain()  # begin was sent before the answer's first token: it is here by now
+        self._listener.drain()
         visibility = self._visibility
         state, reason = "stored", ""
-        if not visibility.began:
+        try:
+            # begin was sent before the answer's first token: mostly it is here by now
+            await asyncio.wait_for(visibility.announced.wait(), min(_ANNOUNCE_TIMEOUT_S, self._timeout_s))
+        except asyncio.TimeoutError:
             state, reason = "failed", "the engine did not announce the request: is the KV connector configured?"
         else:
             try:

@@ -18,9 +18,9 @@ _encode = msgspec.json.Encoder().encode
 _ONE, _FALSE = msgspec.Raw(b"1"), msgspec.Raw(b"false")
 
 # Fields that only shape what is generated or returned. Left in, they would cost time on the prefill server, make a
-# one-token answer invalid (min_tokens, best_of), keep it from using its own prefix cache (prompt_logprobs) or end vLLM's
-# CPU engine when the prompt is prefilled in steps (seed). Fields
-# that a chat template may show to the model stay: tools, tool_choice, response_format, suffix.
+# one-token answer invalid (min_tokens, best_of), keep it from using its own prefix cache (prompt_logprobs) or end
+# vLLM's CPU engine when the prompt is prefilled in steps (seed). Fields that a chat template may show to the model
+# stay: tools, tool_choice, response_format, suffix.
 _DROPPED = frozenset((
     "stream_options",
     "stream_interval",

@@ -137,7 +137,9 @@ def test_failure_says_why_at_once(name):
     run(scenario())
 
 
-def test_an_engine_without_connector_is_noticed(name):
+def test_an_engine_without_connector_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(kv_visibility, "_ANNOUNCE_TIMEOUT_S", 0.05)
+
     async def scenario():
         call = Call(HoldUntilVisible(FakeEngine(name, begin=False)))
         await call.task
@@ -224,6 +226,51 @@ def test_engine_ids_of_all_routes_are_found(name, request_id):
         assert listener.find(request_id) == [watch]
         assert listener.find(request_id.replace("abc", "abcd")) == []
         listener.close()
+
+    run(scenario())
+
+
+def test_more_messages_than_the_kernel_queues_arrive(name):
+    """A step can schedule more requests than Linux queues datagrams; each must be announced."""
+
+    async def scenario():
+        listener = kv_visibility.Listener(name)
+        watches = {f"id{i}": listener.watch(f"id{i}") for i in range(3000)}
+        asyncio.get_running_loop().remove_reader(listener._socket.fileno())  # a busy API server reads nothing
+        announcer = Announcer(name)
+        for token in watches:
+            announcer.begin(f"cmpl-{token}-0")
+        deadline = asyncio.get_running_loop().time() + 10
+        while not all(w.announced.is_set() for w in watches.values()):
+            listener.drain()
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.001)
+        announcer.close()
+
+    run(scenario())
+
+
+def test_an_end_may_overtake_its_begin(name):
+    async def scenario():
+        visibility = kv_visibility.Visibility()
+        visibility.end("r", 0, 2, "stored", "", 1.0)
+        visibility.begin("r")
+        assert not visibility.complete.is_set()
+        visibility.end("r", 1, 2, "stored", "", 1.0)
+        visibility.begin("r")
+        assert visibility.complete.is_set()
+
+    run(scenario())
+
+
+def test_late_announcement_is_waited_for(name):
+    async def scenario():
+        engine = FakeEngine(name, begin=False)
+        call = Call(HoldUntilVisible(engine))
+        assert await held(call, engine)
+        engine.end(0, 1, "stored")
+        await call.task
+        assert call.headers["x-kv-state"] == "stored"
 
     run(scenario())
 
