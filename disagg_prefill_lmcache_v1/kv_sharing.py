@@ -488,14 +488,18 @@ def all_ended() -> Iterator[list[Child]]:
     try:
         yield children
     finally:
-        deadline = time.monotonic() + TERM_GRACE_S
         for wanted in (signal.SIGTERM, signal.SIGKILL):
-            for pid in descendants(os.getpid()):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, wanted)
-            while descendants(os.getpid()) and time.monotonic() < deadline:
+            deadline, told, empty = time.monotonic() + TERM_GRACE_S, set(), 0
+            # Seen empty twice: while a parent dies, its children belong to nobody for a moment. And what a dying
+            # process has just started is told too.
+            while empty < 2 and time.monotonic() < deadline:
+                left = descendants(os.getpid())
+                empty = 0 if left else empty + 1
+                for pid in left - told:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, wanted)
+                told |= left
                 time.sleep(0.05)
-            deadline += TERM_GRACE_S
         for child in children:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(timeout=1)
