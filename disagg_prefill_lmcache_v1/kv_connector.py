@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib
+import os
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,11 @@ from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
 from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.protocol import MAX_KEY_LENGTH
 from lmcache.v1.storage_backend.connector.instrumented_connector import InstrumentedRemoteConnector
+from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from disagg_prefill_lmcache_v1 import kv_store
+from disagg_prefill_lmcache_v1 import kv_store, kv_transfer
 from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv_visibility import Announcer, wait_timeout_s
 
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(__name__)
+
+COPY_VARIABLE = "DISAGG_KV_COPY"
 
 
 class PagedKVConnector(GPUConnectorInterface):
@@ -246,7 +250,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         self._tracker: PutTracker | None = None
         self._paged: PagedKVConnector | None = None
         self._role_name = vllm_config.kv_transfer_config.kv_role
-        _refuse_unsupported(vllm_config)
+        self._copy = _choose_copy(vllm_config)
         if role == KVConnectorRole.WORKER:
             self._make_engine(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
@@ -265,8 +269,9 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         device = vllm_config.device_config.device.type
         if device == "cpu":
             _survive_seeded_requests()
-        if device == "cpu" or (device == "cuda" and not _lmcache_is_compiled()):
+        if self._copy != "stock":
             self._paged = PagedKVConnector(vllm_config, *metadata.kv_shape[3:5])
+        if self._copy == "own":
             device_connector: GPUConnectorInterface = self._paged
         else:
             device_connector = CreateGPUConnector(
@@ -285,36 +290,63 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._paged is not None:
-            self._paged.register(kv_caches)
+            try:
+                self._paged.register(kv_caches)
+            except UnsupportedKVLayout as error:
+                if self._copy == "own":
+                    raise
+                logger.warning("LMCache's own copy is used: %s", error)
+                self._paged = None
         super().register_kv_caches(kv_caches)
         impl = self._lmcache_engine
         manager, engine = impl._manager, impl.lmcache_engine
         if engine is None or manager._init_failed:
             raise RuntimeError(f"LMCache did not start: {manager._init_failed_reason.strip().splitlines()[-1:]}")
         backend = _remote_backend(engine)
-        if backend is not None:
-            self._replace_store_client(backend)
-        self._watch_loads(engine)
+        client = self._replace_store_client(backend) if backend is not None else None
         if self._announcer and backend is not None and self._role_name != "kv_consumer":
             metadata = engine.metadata
             self._tracker = PutTracker(engine, self._announcer, metadata.worker_id, metadata.world_size)
             self._watch_puts(backend, self._tracker)
+        if client is not None and _one_store_only(engine):
+            self._take_over(engine, client)
+        self._watch_loads(engine)
+
+    def _take_over(self, engine: Any, client: kv_store.StoreClient) -> None:
+        """Let kv_transfer.py store and load in place of LMCache's engine, if the KV cache can be moved by us."""
+        if self._paged is None:
+            return
+        mover = self._paged.mover
+        cuda = mover.device.type == "cuda"
+        copy = kv_transfer.CudaCopy(mover, engine.config.chunk_size) if cuda else kv_transfer.HostCopy(mover)
+        tracker = self._tracker
+        transfer = kv_transfer.KVTransfer(
+            engine,
+            mover,
+            copy,
+            client,
+            tracker.submitted if tracker is not None else lambda keys: None,
+            tracker.done if tracker is not None else lambda key: None,
+        )
+        engine.store, engine.retrieve = transfer.store, transfer.retrieve
+        logger.info("KV is stored and loaded by %s", type(copy).__name__)
 
     @staticmethod
-    def _replace_store_client(backend: RemoteBackend) -> None:
+    def _replace_store_client(backend: RemoteBackend) -> kv_store.StoreClient | None:
         client = kv_store.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
         if client is None:
             if backend.connection is None:
                 raise kv_store.StoreUnavailable("the KV store of remote_url does not answer")
-            return
+            return None
         stock, backend.connection = backend.connection, InstrumentedRemoteConnector(client)
         if stock is None:
-            return
+            return client
         inner = stock.getWrappedConnector()
         if hasattr(inner, "pq_executor"):  # its close() would wait for the loop that runs it
             asyncio.run_coroutine_threadsafe(inner.pq_executor.shutdown_async(wait=False), backend.loop)
         else:
             asyncio.run_coroutine_threadsafe(inner.close(), backend.loop)
+        return client
 
     @staticmethod
     def _watch_puts(backend: RemoteBackend, tracker: PutTracker) -> None:
@@ -443,16 +475,54 @@ def _survive_seeded_requests() -> None:
     CPUModelRunner._bookkeeping_sync = keep_books_of_seeded
 
 
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise for what our own copy would move wrongly (see _make_engine for where it is used)."""
+def _choose_copy(vllm_config: VllmConfig) -> str:
+    """Who copies between the KV cache and chunks: "own", "stock" (LMCache) or "auto": own if the layout is learned.
+
+    ``DISAGG_KV_COPY`` asks for one. By default it is our own on CPU and CUDA and LMCache's on every other device;
+    LMCache has none for CPU, and on CUDA without its kernels a wrong one.
+
+    Raises:
+        ValueError: DISAGG_KV_COPY is none of these, or "stock" where that cannot be.
+        UnsupportedKVLayout: our own is the only one, and would move this KV cache wrongly.
+    """
     device = vllm_config.device_config.device.type
-    if device != "cpu" and (device != "cuda" or _lmcache_is_compiled()):
-        return
-    if vllm_config.model_config.use_mla:
-        raise UnsupportedKVLayout(f"MLA models are not supported on {device}: their KV cache holds no K and V per head")
+    asked = os.environ.get(COPY_VARIABLE, "") or "auto"
+    if asked not in ("auto", "own", "stock"):
+        raise ValueError(f"{COPY_VARIABLE}={asked!r}: allowed: auto, own, stock")
+    no_stock = device == "cpu" or (device == "cuda" and not _lmcache_is_compiled())
+    if asked == "stock" and no_stock:
+        raise ValueError(f"{COPY_VARIABLE}=stock: LMCache cannot copy the KV cache on {device} here; use auto")
+    if asked == "stock" or (asked == "auto" and device not in ("cpu", "cuda")):
+        return "stock"
+    problem = ""
     dtype = str(vllm_config.cache_config.cache_dtype)
-    if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise UnsupportedKVLayout(f"--kv-cache-dtype {dtype} is not supported on {device}: use auto")
+    if vllm_config.model_config.use_mla:
+        problem = f"MLA models are not supported on {device}: their KV cache holds no K and V per head"
+    elif dtype not in ("auto", "float32", "float16", "bfloat16"):
+        problem = f"--kv-cache-dtype {dtype} is not supported on {device}: use auto"
+    if asked == "own" or no_stock:
+        if problem:
+            raise UnsupportedKVLayout(problem)
+        return "own"
+    return "stock" if problem else "auto"
+
+
+def _one_store_only(engine: Any) -> bool:
+    """Whether LMCache is set up for what kv_transfer.py does: whole requests, one store, no other place."""
+    config = engine.config
+    other_ways = (
+        config.use_layerwise,
+        config.enable_blending,
+        config.local_cpu,
+        config.enable_async_loading,
+        config.enable_pd,
+        config.enable_p2p,
+        engine.save_only_first_rank,
+        engine.kv_events_enabled,
+        config.remote_serde != "naive",
+    )
+    stores = [b for b in engine.storage_manager.storage_backends.values() if not isinstance(b, LocalCPUBackend)]
+    return not any(other_ways) and len(stores) == 1
 
 
 def _lmcache_is_compiled() -> bool:

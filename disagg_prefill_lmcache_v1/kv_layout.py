@@ -227,6 +227,18 @@ class KVMover:
         ]
         self._row_stride = first.stride(0) // run
         self._run = run
+        # the same rows in the widest elements that fit: fewer of them to move
+        self._wide = next(
+            (
+                wide
+                for wide in (torch.int64, torch.int32)
+                if wide.itemsize > self.dtype.itemsize
+                and run * self.dtype.itemsize % wide.itemsize == 0
+                and all(c.data_ptr() % wide.itemsize == 0 for c in caches)
+            ),
+            None,
+        )
+        self._wide_rows = [r.view(self._wide) if self._wide is not None else r for r in self._rows]
         starts = layout.position.view(2, layout.block_size, -1, run)[..., 0] // run
         self._row_of = starts.to(self.device)  # [2, block_size, heads * head_size / run]
 
@@ -266,6 +278,30 @@ class KVMover:
         staging = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
         self._move_tokens(staging, slots, to_cache)
         chunk.copy_(staging)
+
+    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Which rows of a layer's cache hold the tokens at ``slots`` (``[tokens]`` int64 on the device).
+
+        Returns:
+            ``[2, tokens, rows]`` int64: K, V; made once for many calls of :meth:`move_rows`.
+        """
+        size = self.layout.block_size
+        return self._row_of[:, slots % size] + (slots // size * self._row_stride)[None, :, None]
+
+    def move_rows(self, chunk: torch.Tensor, rows: torch.Tensor, to_cache: bool) -> None:
+        """Copy tokens by their ``rows`` into ``chunk`` (``shape(tokens)``, on the device) or from it.
+
+        Only starts work on the device's current stream: one operation for K and one for V of each layer.
+        """
+        wide = self._wide if self._wide is not None else chunk.dtype
+        for side in range(2):
+            index = rows[side].reshape(-1)
+            for layer, cache in enumerate(self._wide_rows):
+                plain = chunk[side, layer].view(wide).view(-1, cache.shape[1])
+                if to_cache:
+                    cache.index_copy_(0, index, plain)
+                else:
+                    torch.index_select(cache, 0, index, out=plain)
 
     def _whole_blocks(self, slots: torch.Tensor) -> list[tuple[int, int, list[int]]]:
         """The run of whole blocks in ``slots``: (first token, tokens, block numbers), at most one run."""

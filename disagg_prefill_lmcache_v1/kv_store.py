@@ -6,32 +6,37 @@ The bytes in the store are exactly LMCache's own, so a stock LMCache reads them.
   connection is one), so "visible" can be told from "sent";
 - every operation has a deadline, a lost connection is made again, a dead store is noticed by ``ping`` and answers
   "not there" at once, so requests are recomputed instead of hanging;
-- several chunks travel over several connections at once; a reader never sees another reader's bytes.
+- several chunks travel over several connections at once, each read straight into its staging memory; a reader never
+  sees another reader's bytes.
 
-LMCache's own ``lm://`` client does none of this: it has one connection, shared by header and body reads that other
-coroutines can come between, and never reconnects.
+LMCache's own ``lm://`` client has one connection, shared by header and body reads that other coroutines can come
+between, and never reconnects. Its Redis client has no deadlines, tells nobody of a failed put, takes a chunk of which
+one value was evicted for present, and its ``close`` waits for its own event loop, so the process hangs at its end.
+
+Besides LMCache's interface each client has a blocking one for kv_transfer.py: :class:`StoreClient` has its words.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
+import itertools
+import queue
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import redis.asyncio as redis
+import redis
 import torch
 from lmcache.logging import init_logger
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, RemoteMetadata, ServerMetaMessage, ServerReturnCode
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
-from redis.asyncio.retry import Retry
-from redis.backoff import ConstantBackoff
 
 logger = init_logger(__name__)
 T = TypeVar("T")
@@ -41,36 +46,61 @@ IO_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 # After a failure the store is left alone for this long; meanwhile every operation fails at once.
 RETRY_AFTER_S = 0.5
+# Connections that carry chunks at once, each way. One is limited by one core's copying at each end.
 CONNECTIONS = 4
+# Answers of 36 bytes (lm) to requests of 186: so many at a time stay far below the socket buffers.
+_LOOKUPS_AT_ONCE = 256
 
 
 class StoreUnavailable(ConnectionError):
     """The KV store cannot be reached."""
 
 
+class StoreRefused(Exception):
+    """The KV store answers, but will not do this (Redis without memory, a wrong password...)."""
+
+
 class _Link:
-    """One connection to an ``lm://`` server; used by one thread at a time."""
+    """A connected socket to a store; used by one thread at a time."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.socket = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
         self.socket.settimeout(IO_TIMEOUT_S)
-
-    def ask(self, command: ClientCommand, key: CacheEngineKey) -> None:
-        self.socket.sendall(_header(command, key))
-
-    def answer(self) -> ServerMetaMessage:
-        data = bytearray(ServerMetaMessage.packlength())
-        self.read_into(memoryview(data))
-        return ServerMetaMessage.deserialize(bytes(data))
+        self._buffer = bytearray(64)
+        self._start = self._end = 0  # what of the buffer was received and not yet taken
 
     def read_into(self, view: memoryview) -> None:
-        got = 0
-        while got < len(view):
-            n = self.socket.recv_into(view[got:])
+        if self._start < self._end:
+            n = min(len(view), self._end - self._start)
+            view[:n] = self._buffer[self._start : self._start + n]
+            self._start += n
+            view = view[n:]
+        while len(view):
+            n = self.socket.recv_into(view)
             if n == 0:
                 raise ConnectionResetError("the KV store closed the connection")
-            got += n
+            view = view[n:]
+
+    def read(self, length: int) -> bytes:
+        data = bytearray(length)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_line(self) -> bytes:
+        """Up to CR LF, which is left out."""
+        while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
+            if self._start:
+                self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
+                self._start, self._end = 0, self._end - self._start
+            if self._end == len(self._buffer):
+                self._buffer.extend(bytes(len(self._buffer)))
+            n = self.socket.recv_into(memoryview(self._buffer)[self._end :])
+            if n == 0:
+                raise ConnectionResetError("the KV store closed the connection")
+            self._end += n
+        line = bytes(self._buffer[self._start : at])
+        self._start = at + 2
+        return line
 
     def skip(self, length: int) -> None:
         scratch = memoryview(bytearray(min(length, 1 << 20)))
@@ -83,71 +113,161 @@ class _Link:
         self.socket.close()
 
 
-def _header(command: ClientCommand, key: CacheEngineKey, obj: MemoryObj | None = None, length: int = 0) -> bytes:
-    if obj is None:
-        return ClientMetaMessage(command, key, 0, MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])).serialize()
-    return ClientMetaMessage(
-        command, key, length, obj.get_memory_format(), obj.get_dtype(), obj.get_shape()
-    ).serialize()
-
-
 def _bytes_of(obj: MemoryObj) -> memoryview:
     view = obj.byte_array
     view = view if isinstance(view, memoryview) else memoryview(view)
     return view if view.format == "B" else view.cast("B")
 
 
-class LMStoreConnector(RemoteConnector):
-    """Client of ``python -m lmcache.v1.server``.
+class Fetch(abc.ABC):
+    """Chunks on their way from a store: iterate over ``(index of the key, tensor [2, layers, tokens, hidden])``.
+
+    They come in any order; those that the store does not have, or that are not this model's, do not come. The tensors
+    lie in memory that is not ours to keep: :meth:`done` says that one has been read, :meth:`close` ends it all.
+    """
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]: ...
+
+    @abc.abstractmethod
+    def done(self, index: int) -> None: ...
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+class _StagedFetch(Fetch):
+    """Several connections read into staging memory, the consumer takes chunks while the next ones arrive."""
+
+    def __init__(self, client: StoreClient, keys: Sequence[CacheEngineKey]) -> None:
+        self._client, self._keys = client, keys
+        self._next = itertools.count()
+        self._arrived: queue.SimpleQueue[tuple[int, MemoryObj] | None] = queue.SimpleQueue()
+        self._objs: dict[int, MemoryObj] = {}
+        self._closed = False
+        self._readers = min(client.links, len(keys))
+        for _ in range(self._readers):
+            client.readers.submit(self._read)
+
+    def _read(self) -> None:
+        try:
+            while not self._closed and (index := next(self._next)) < len(self._keys):
+                obj = self._client.use(lambda link, key=self._keys[index]: self._client.get_one(link, key))
+                if obj is not None:
+                    self._arrived.put((index, obj))
+        except Exception as error:
+            logger.warning("Chunks are not loaded: %s", error)
+        finally:
+            self._arrived.put(None)
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        while self._readers:
+            item = self._arrived.get()
+            if item is None:
+                self._readers -= 1
+                continue
+            index, obj = item
+            self._objs[index] = obj
+            yield index, obj.tensor
+
+    def done(self, index: int) -> None:
+        self._client.give_back(self._objs.pop(index))
+
+    def close(self) -> None:
+        self._closed = True
+        for index, _ in self:  # what still arrives
+            self.done(index)
+        for index in list(self._objs):
+            self.done(index)
+
+
+class StoreClient(RemoteConnector):
+    """What the clients have in common: connections, deadlines, staging memory, LMCache's interface.
 
     Args:
-        host, port: of the server.
-        local_cpu_backend: gives staging memory for chunks that are read; its config and metadata are used.
+        name: of the store, for messages; without secrets.
+        local_cpu_backend: gives staging memory; its config and metadata are used.
+        links: connections that carry chunks at once, each way.
 
     Raises:
-        StoreUnavailable: no server answers at ``host:port``.
+        StoreUnavailable: it does not answer.
     """
 
     def __init__(
-        self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, links: int = CONNECTIONS
+        self, name: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, links: int = CONNECTIONS
     ) -> None:
         super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
         self.loop = loop
         self.local_cpu_backend = local_cpu_backend
-        self._address = (host, port)
-        self._links = max(1, links)
+        self.links = max(1, links)
+        self._name = name
         self._idle: list[_Link] = []
         self._lock = threading.Lock()
         self._failed_at = -1e9
-        self._threads = ThreadPoolExecutor(self._links, thread_name_prefix="kv-store")
-        self._use(lambda link: None)  # fail here, at the start, rather than at the first request
+        self._room = threading.Condition()
+        self._staged: dict[int, MemoryObj] = {}  # by address
+        # LMCache's calls and reads do not wait for each other
+        self._threads = ThreadPoolExecutor(self.links, thread_name_prefix="kv-store")
+        self.readers = ThreadPoolExecutor(self.links, thread_name_prefix="kv-read")
+        self.use(self.check)  # fail here, at the start, rather than at the first request
 
-    # one operation, in a thread
+    # the protocol of a store, on one connection
 
-    def _use(self, work: Callable[[_Link], T]) -> T:
+    @abc.abstractmethod
+    def connect(self) -> _Link:
+        """A new connection. Raises OSError."""
+
+    @abc.abstractmethod
+    def check(self, link: _Link) -> None:
+        """Ask whether the store is there."""
+
+    @abc.abstractmethod
+    def put_all(self, link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
+        """Returns when the store has all chunks."""
+
+    @abc.abstractmethod
+    def get_one(self, link: _Link, key: CacheEngineKey) -> MemoryObj | None:
+        """A chunk in staging memory, or None if it is not there or not this model's."""
+
+    @abc.abstractmethod
+    def count_on(self, link: _Link, keys: Sequence[CacheEngineKey]) -> int:
+        """How many of ``keys``, counted from the first, the store has."""
+
+    # connections
+
+    def use(self, work: Callable[[_Link], T]) -> T:
+        """Do ``work`` on a connection of its own.
+
+        Raises:
+            StoreUnavailable: the store does not answer, or did not a moment ago.
+            StoreRefused: it answered with an error.
+        """
         with self._lock:
             link = self._idle.pop() if self._idle else None
         if link is not None:
             try:
-                return self._finish(link, work(link))
+                return self._finish(link, work)
             except (OSError, ValueError, struct.error) as error:
-                link.close()
                 if isinstance(error, TimeoutError):
                     self._fail(error)
                 # else: it was idle and the server was restarted meanwhile; a fresh connection tells
         if time.monotonic() - self._failed_at < RETRY_AFTER_S:
             raise StoreUnavailable(self._text("did not answer a moment ago"))
         try:
-            link = _Link(*self._address)
+            link = self.connect()
         except OSError as error:
             self._fail(error)
         try:
-            return self._finish(link, work(link))
+            return self._finish(link, work)
         except (OSError, ValueError, struct.error) as error:
-            link.close()
             self._fail(error)
 
-    def _finish(self, link: _Link, result: T) -> T:
+    def _finish(self, link: _Link, work: Callable[[_Link], T]) -> T:
+        try:
+            result = work(link)
+        except BaseException:  # answers may still be on their way: it can never be used again
+            link.close()
+            raise
         with self._lock:
             self._idle.append(link)
         return result
@@ -161,27 +281,91 @@ class LMStoreConnector(RemoteConnector):
         raise StoreUnavailable(self._text(str(error) or type(error).__name__)) from error
 
     def _text(self, cause: str) -> str:
-        return f"KV store lm://{self._address[0]}:{self._address[1]}: {cause}"
+        return f"KV store {self._name}: {cause}"
 
-    async def _run(self, work: Callable[[_Link], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._use, work)
+    # staging memory
 
-    def _shares(self, n: int) -> list[slice]:
-        """``n`` items in contiguous shares, one for each connection that is worth using."""
-        parts = min(self._links, n)
-        return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+    def allocate(self, shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat) -> MemoryObj:
+        """Staging memory for a chunk; waits while others use it all.
+
+        Raises:
+            StoreRefused: none became free in time.
+        """
+        deadline = time.monotonic() + 4 * IO_TIMEOUT_S
+        while True:
+            obj = self.local_cpu_backend.allocate(shape, dtype, fmt, busy_loop=False)
+            if obj is not None:
+                return obj
+            if time.monotonic() > deadline:
+                raise StoreRefused("no staging memory became free: raise max_local_cpu_size")
+            with self._room:
+                self._room.wait(0.05)  # memory may also be freed by LMCache itself, without a word
+
+    def give_back(self, obj: MemoryObj) -> None:
+        obj.ref_count_down()
+        with self._room:
+            self._room.notify_all()
+
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the staging memory: what may be registered for direct access by a device."""
+        buffer = getattr(getattr(self.local_cpu_backend, "memory_allocator", None), "buffer", None)
+        return [(buffer.data_ptr(), buffer.numel() * buffer.element_size())] if buffer is not None else []
+
+    # for kv_transfer.py: blocking, from any thread
+
+    def count_present(self, keys: Sequence[CacheEngineKey]) -> int:
+        """How many of ``keys``, counted from the first, the store has."""
+        return self.use(lambda link: self.count_on(link, keys))
+
+    def stage(
+        self, keys: Sequence[CacheEngineKey], shapes: Sequence[torch.Size], dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor | None], list[bool]]:
+        """Memory to write chunks into: a tensor for each key, or None; and whether the store has it already.
+
+        Waits while all of the memory is on its way. Each tensor must go to :meth:`commit` or :meth:`abandon`.
+        """
+        tensors: list[torch.Tensor | None] = []
+        for shape in shapes:
+            try:
+                obj = self.allocate(shape, dtype, self.meta_fmt)
+            except StoreRefused as error:
+                logger.warning("A chunk is not stored: %s", error)
+                tensors.append(None)
+                continue
+            self._staged[obj.tensor.data_ptr()] = obj
+            tensors.append(obj.tensor)
+        return tensors, [False] * len(tensors)
+
+    def commit(self, keys: Sequence[CacheEngineKey], tensors: Sequence[torch.Tensor]) -> None:
+        """Send staged chunks; returns when the store has them.
+
+        Raises:
+            StoreUnavailable, StoreRefused: some may be missing. The memory is given back in any case.
+        """
+        objs = [self._staged.pop(tensor.data_ptr()) for tensor in tensors]
+        try:
+            self.use(lambda link: self.put_all(link, keys, objs))
+        finally:
+            for obj in objs:
+                self.give_back(obj)
+
+    def abandon(self, keys: Sequence[CacheEngineKey], tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.give_back(self._staged.pop(tensor.data_ptr()))
+
+    def fetch(self, keys: Sequence[CacheEngineKey]) -> Fetch:
+        """Begin to read the chunks."""
+        return _StagedFetch(self, keys)
 
     # RemoteConnector
 
-    @staticmethod
-    def _put_all(link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
-        for key, obj in zip(keys, objs, strict=True):
-            data = _bytes_of(obj)
-            link.socket.sendall(_header(ClientCommand.PUT, key, obj, len(data)))
-            link.socket.sendall(data)
-        link.ask(ClientCommand.EXIST, keys[-1])  # answered after the puts: their acknowledgement
-        if link.answer().code != ServerReturnCode.SUCCESS:
-            raise ConnectionError("the KV store dropped a chunk")
+    async def _run(self, work: Callable[[_Link], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.use, work)
+
+    def _shares(self, n: int) -> list[slice]:
+        """``n`` items in contiguous shares, one for each connection that is worth using."""
+        parts = min(self.links, n)
+        return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
 
     def support_batched_put(self) -> bool:
         return True
@@ -190,11 +374,11 @@ class LMStoreConnector(RemoteConnector):
         """Store the chunks; returns when the store has them all.
 
         Raises:
-            StoreUnavailable: some may be missing.
+            StoreUnavailable, StoreRefused: some may be missing.
         """
         results = await asyncio.gather(
             *(
-                self._run(lambda link, s=share: self._put_all(link, keys[s], memory_objs[s]))
+                self._run(lambda link, s=share: self.put_all(link, keys[s], memory_objs[s]))
                 for share in self._shares(len(keys))
             ),
             return_exceptions=True,  # all have stopped reading the staging memory before it is freed
@@ -206,70 +390,41 @@ class LMStoreConnector(RemoteConnector):
     async def put(self, key: CacheEngineKey, memory_obj: MemoryObj) -> None:
         await self.batched_put([key], [memory_obj])
 
-    @staticmethod
-    def _count_present(link: _Link, keys: Sequence[CacheEngineKey]) -> int:
-        present = 0
-        # 186 bytes asked, 36 answered: 256 at a time stay far below the socket buffers
-        for i in range(0, len(keys), 256):
-            part = keys[i : i + 256]
-            link.socket.sendall(b"".join(_header(ClientCommand.EXIST, key) for key in part))
-            codes = [link.answer().code for _ in part]
-            for code in codes:
-                if code != ServerReturnCode.SUCCESS:
-                    return present
-                present += 1
-        return present
-
     def support_batched_contains(self) -> bool:
         return True
 
     def batched_contains(self, keys: list[CacheEngineKey]) -> int:
-        """How many of ``keys``, counted from the first, the store has."""
-        return self._use(lambda link: self._count_present(link, keys))
+        return self.count_present(keys)
 
     async def batched_async_contains(self, lookup_id: str, keys: list[CacheEngineKey], pin: bool = False) -> int:
-        return await self._run(lambda link: self._count_present(link, keys))
+        return await self._run(lambda link: self.count_on(link, keys))
 
     async def exists(self, key: CacheEngineKey) -> bool:
-        return await self._run(lambda link: self._count_present(link, [key])) == 1
+        return await self._run(lambda link: self.count_on(link, [key])) == 1
 
     def exists_sync(self, key: CacheEngineKey) -> bool:
-        return self.batched_contains([key]) == 1
+        return self.count_present([key]) == 1
+
+    def support_batched_get(self) -> bool:
+        return True
 
     def _get_all(self, link: _Link, keys: Sequence[CacheEngineKey]) -> list[MemoryObj | None]:
         objs: list[MemoryObj | None] = []
         try:
             for key in keys:
-                link.ask(ClientCommand.GET, key)
-                meta = link.answer()
-                if meta.code != ServerReturnCode.SUCCESS:
-                    objs.append(None)
-                    continue
-                obj = None
-                if _fits(self, meta.shape, meta.dtype, meta.fmt, meta.length):
-                    obj = self.local_cpu_backend.allocate(meta.shape, meta.dtype, meta.fmt)
-                if obj is None:
-                    logger.warning("Chunk %s not taken: foreign shape %s or no memory", key.to_string(), meta.shape)
-                    link.skip(meta.length)
-                    objs.append(None)
-                    continue
-                objs.append(obj)
-                link.read_into(_bytes_of(obj)[: meta.length])
+                objs.append(self.get_one(link, key))
         except BaseException:
             for obj in objs:
                 if obj is not None:
-                    obj.ref_count_down()
+                    self.give_back(obj)
             raise
         return objs
-
-    def support_batched_get(self) -> bool:
-        return True
 
     async def batched_get(self, keys: list[CacheEngineKey]) -> list[MemoryObj | None]:
         """The chunks, None for each that is not there.
 
         Raises:
-            StoreUnavailable: none is returned, none kept.
+            StoreUnavailable, StoreRefused: none is returned, none kept.
         """
         results = await asyncio.gather(
             *(self._run(lambda link, s=share: self._get_all(link, keys[s])) for share in self._shares(len(keys))),
@@ -280,7 +435,7 @@ class LMStoreConnector(RemoteConnector):
         if errors:
             for obj in objs:
                 if obj is not None:
-                    obj.ref_count_down()
+                    self.give_back(obj)
             raise errors[0]
         return objs
 
@@ -294,161 +449,40 @@ class LMStoreConnector(RemoteConnector):
         """0 when the store answers.
 
         Raises:
-            StoreUnavailable: it does not.
+            StoreUnavailable, StoreRefused: it does not.
         """
-
-        def check(link: _Link) -> int:
-            link.socket.sendall(_header(ClientCommand.HEALTH, _PING_KEY))
-            return 0 if link.answer().code == ServerReturnCode.SUCCESS else 1
-
-        return await self._run(check)
+        await self._run(self.check)
+        return 0
 
     async def list(self) -> list[str]:
-        raise ValueError("the lm:// protocol has no listing")
+        raise ValueError("listing the chunks of a store is not supported")
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False)
+        self.readers.shutdown(wait=False)
         with self._lock:
             idle, self._idle = self._idle, []
         for link in idle:
             link.close()
 
-
-_PING_KEY = CacheEngineKey("ping", 1, 0, 0, torch.float16)
-
-
-class RedisStoreConnector(RemoteConnector):
-    """Client of Redis; a chunk is two values, ``<key>kv_bytes`` and ``<key>metadata``, as LMCache has it.
-
-    LMCache's own client has no deadlines, tells nobody of a failed put, takes a chunk of which one value was evicted
-    for present, and its ``close`` waits for its own event loop, so the process hangs at its end.
-    """
-
-    def __init__(self, url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
-        super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
-        self.loop = loop
-        self.local_cpu_backend = local_cpu_backend
-        self._redis = redis.Redis(
-            connection_pool=redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=CONNECTIONS,
-                timeout=IO_TIMEOUT_S,
-                socket_connect_timeout=CONNECT_TIMEOUT_S,
-                socket_timeout=IO_TIMEOUT_S,
-                # connections that were idle while Redis was restarted are made again
-                retry=Retry(ConstantBackoff(0.05), 2),
-                retry_on_error=[redis.ConnectionError],
-            )
-        )
-
-    def support_batched_put(self) -> bool:
-        return True
-
-    async def batched_put(self, keys: list[CacheEngineKey], memory_objs: list[MemoryObj]) -> None:
-        """Store the chunks; returns when Redis has them all.
-
-        Raises:
-            redis.RedisError: some may be missing.
-        """
-        results = await asyncio.gather(
-            *(self.put(key, obj) for key, obj in zip(keys, memory_objs, strict=True)),
-            return_exceptions=True,  # all have stopped reading the staging memory before it is freed
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def put(self, key: CacheEngineKey, memory_obj: MemoryObj) -> None:
-        data = _bytes_of(memory_obj)
-        meta = RemoteMetadata(
-            len(data), memory_obj.get_shapes(), memory_obj.get_dtypes(), memory_obj.get_memory_format()
-        ).serialize()
-        name = key.to_string()
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(name + "kv_bytes", data)
-            pipe.set(name + "metadata", meta)
-            await pipe.execute()
-
-    async def _count_present(self, keys: Sequence[CacheEngineKey]) -> int:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for key in keys:
-                name = key.to_string()
-                pipe.exists(name + "metadata", name + "kv_bytes")
-            for i, count in enumerate(await pipe.execute()):
-                if count != 2:
-                    return i
-        return len(keys)
-
-    def support_batched_contains(self) -> bool:
-        return True
-
-    def batched_contains(self, keys: list[CacheEngineKey]) -> int:
-        """How many of ``keys``, counted from the first, Redis has."""
-        future = asyncio.run_coroutine_threadsafe(self._count_present(keys), self.loop)
-        return future.result(IO_TIMEOUT_S + CONNECT_TIMEOUT_S)
-
-    async def batched_async_contains(self, lookup_id: str, keys: list[CacheEngineKey], pin: bool = False) -> int:
-        return await self._count_present(keys)
-
-    async def exists(self, key: CacheEngineKey) -> bool:
-        return await self._count_present([key]) == 1
-
-    def exists_sync(self, key: CacheEngineKey) -> bool:
-        return self.batched_contains([key]) == 1
-
-    def support_batched_get(self) -> bool:
-        return True
-
-    async def batched_get(self, keys: list[CacheEngineKey]) -> list[MemoryObj | None]:
-        """The chunks, None for each that is not there.
-
-        Raises:
-            redis.RedisError: none is returned, none kept.
-        """
-        results = await asyncio.gather(*(self.get(key) for key in keys), return_exceptions=True)
-        errors = [r for r in results if isinstance(r, BaseException)]
-        if errors:
-            for obj in results:
-                if obj is not None and not isinstance(obj, BaseException):
-                    obj.ref_count_down()
-            raise errors[0]
-        return results
-
-    async def get(self, key: CacheEngineKey) -> MemoryObj | None:
-        name = key.to_string()
-        raw_meta, raw = await self._redis.mget(name + "metadata", name + "kv_bytes")
-        if raw_meta is None or raw is None:
+    def take(
+        self, link: _Link, key: CacheEngineKey, shape: torch.Size, dtype: Any, fmt: MemoryFormat, length: int
+    ) -> MemoryObj | None:
+        """Read the bytes of a chunk that come next on ``link`` into staging memory; skip them if it is foreign."""
+        if not fits(self, shape, dtype, fmt, length):
+            logger.warning("Chunk %s not taken: foreign shape %s", key.to_string(), shape)
+            link.skip(length)
             return None
+        obj = self.allocate(shape, dtype, fmt)
         try:
-            meta = RemoteMetadata.deserialize(raw_meta)
-        except (ValueError, KeyError, struct.error):
-            meta = None
-        if meta is None or len(meta.shapes) != 1 or meta.length != len(raw):
-            logger.warning("Chunk %s not taken: it is not LMCache's", name)
-            return None
-        obj = None
-        if _fits(self, meta.shapes[0], meta.dtypes[0], meta.fmt, meta.length):
-            obj = self.local_cpu_backend.allocate(meta.shapes, meta.dtypes, meta.fmt)
-        if obj is None:
-            logger.warning("Chunk %s not taken: foreign shape %s or no memory", name, meta.shapes[0])
-            return None
-        _bytes_of(obj)[: meta.length] = raw
+            link.read_into(_bytes_of(obj)[:length])
+        except BaseException:
+            self.give_back(obj)
+            raise
         return obj
 
-    def support_ping(self) -> bool:
-        return True
 
-    async def ping(self) -> int:
-        return 0 if await self._redis.ping() else 1
-
-    async def list(self) -> list[str]:
-        raise ValueError("listing a shared Redis is not supported")
-
-    async def close(self) -> None:
-        await self._redis.aclose()
-
-
-def _fits(
+def fits(
     connector: RemoteConnector, shape: torch.Size, dtype: torch.dtype | None, fmt: MemoryFormat, length: int
 ) -> bool:
     """Whether a chunk is one of this model's, perhaps part-filled: a foreign one must never reach the KV cache.
@@ -465,21 +499,190 @@ def _fits(
     return length == shape.numel() * dtype.itemsize
 
 
-def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> RemoteConnector | None:
+def _header(command: ClientCommand, key: CacheEngineKey, obj: MemoryObj | None = None, length: int = 0) -> bytes:
+    if obj is None:
+        return ClientMetaMessage(command, key, 0, MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])).serialize()
+    return ClientMetaMessage(
+        command, key, length, obj.get_memory_format(), obj.get_dtype(), obj.get_shape()
+    ).serialize()
+
+
+_PING_KEY = CacheEngineKey("ping", 1, 0, 0, torch.float16)
+
+
+class LMStoreConnector(StoreClient):
+    """Client of ``python -m lmcache.v1.server``.
+
+    Raises:
+        StoreUnavailable: no server answers at ``host:port``.
+    """
+
+    def __init__(
+        self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, links: int = CONNECTIONS
+    ) -> None:
+        self._address = (host, port)
+        super().__init__(f"lm://{host}:{port}", loop, local_cpu_backend, links)
+
+    def connect(self) -> _Link:
+        connected = socket.create_connection(self._address, timeout=CONNECT_TIMEOUT_S)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return _Link(connected)
+
+    @staticmethod
+    def _answer(link: _Link) -> ServerMetaMessage:
+        return ServerMetaMessage.deserialize(link.read(ServerMetaMessage.packlength()))
+
+    def check(self, link: _Link) -> None:
+        link.socket.sendall(_header(ClientCommand.HEALTH, _PING_KEY))
+        if self._answer(link).code != ServerReturnCode.SUCCESS:
+            raise StoreRefused("the KV store says that it is not healthy")
+
+    def put_all(self, link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
+        for key, obj in zip(keys, objs, strict=True):
+            data = _bytes_of(obj)
+            link.socket.sendall(_header(ClientCommand.PUT, key, obj, len(data)))
+            link.socket.sendall(data)
+        link.socket.sendall(_header(ClientCommand.EXIST, keys[-1]))  # answered after the puts: their acknowledgement
+        if self._answer(link).code != ServerReturnCode.SUCCESS:
+            raise ConnectionError("the KV store dropped a chunk")
+
+    def count_on(self, link: _Link, keys: Sequence[CacheEngineKey]) -> int:
+        present = 0
+        for i in range(0, len(keys), _LOOKUPS_AT_ONCE):
+            part = keys[i : i + _LOOKUPS_AT_ONCE]
+            link.socket.sendall(b"".join(_header(ClientCommand.EXIST, key) for key in part))
+            codes = [self._answer(link).code for _ in part]
+            for code in codes:
+                if code != ServerReturnCode.SUCCESS:
+                    return present
+                present += 1
+        return present
+
+    def get_one(self, link: _Link, key: CacheEngineKey) -> MemoryObj | None:
+        link.socket.sendall(_header(ClientCommand.GET, key))
+        meta = self._answer(link)
+        if meta.code != ServerReturnCode.SUCCESS:
+            return None
+        return self.take(link, key, meta.shape, meta.dtype, meta.fmt, meta.length)
+
+
+class RedisStoreConnector(StoreClient):
+    """Client of Redis; a chunk is two values, ``<key>kv_bytes`` and ``<key>metadata``, as LMCache has it.
+
+    redis-py makes the connections (URL, password, TLS, database). The values go past its parser, which would copy
+    each of them twice, in one thread.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``.
+    """
+
+    def __init__(
+        self, url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, links: int = CONNECTIONS
+    ) -> None:
+        self._pool = redis.ConnectionPool.from_url(
+            url, protocol=2, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=IO_TIMEOUT_S
+        )
+        super().__init__("Redis", loop, local_cpu_backend, links)  # the URL may carry a password
+
+    def connect(self) -> _Link:
+        connection = self._pool.make_connection()
+        try:
+            connection.connect()
+        except redis.RedisError as error:
+            # its text may repeat the URL
+            raise ConnectionError(f"no connection ({type(error).__name__})") from None
+        link = _Link(connection._sock)
+        link.connection = connection  # type: ignore[attr-defined]  # closes its socket when it is collected
+        return link
+
+    @staticmethod
+    def _command(*words: bytes) -> bytes:
+        return b"".join([b"*%d\r\n" % len(words), *(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)])
+
+    @staticmethod
+    def _reply(link: _Link, kind: bytes) -> bytes:
+        """The rest of a one-line reply: of ":" a number, of "+" a word, of "$" a length."""
+        line = link.read_line()
+        if line[:1] == b"-":
+            raise StoreRefused(f"Redis answers {line[1:].decode(errors='replace')}")
+        if line[:1] != kind:
+            raise ValueError(f"Redis answers {line[:40]!r}")
+        return line[1:]
+
+    def check(self, link: _Link) -> None:
+        link.socket.sendall(self._command(b"PING"))
+        self._reply(link, b"+")
+
+    def put_all(self, link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
+        refused = None
+        for key, obj in zip(keys, objs, strict=True):
+            data, name = _bytes_of(obj), key.to_string().encode()
+            meta = RemoteMetadata(len(data), obj.get_shapes(), obj.get_dtypes(), obj.get_memory_format()).serialize()
+            value = name + b"kv_bytes"
+            link.socket.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(value), value, len(data)))
+            link.socket.sendall(data)
+            link.socket.sendall(b"\r\n" + self._command(b"SET", name + b"metadata", bytes(meta)))
+            for _ in range(2):
+                try:
+                    self._reply(link, b"+")
+                except StoreRefused as error:
+                    refused = error
+        if refused is not None:
+            raise refused
+
+    def count_on(self, link: _Link, keys: Sequence[CacheEngineKey]) -> int:
+        present = 0
+        for i in range(0, len(keys), _LOOKUPS_AT_ONCE):
+            names = [key.to_string().encode() for key in keys[i : i + _LOOKUPS_AT_ONCE]]
+            commands = (self._command(b"EXISTS", name + b"metadata", name + b"kv_bytes") for name in names)
+            link.socket.sendall(b"".join(commands))
+            for count in [self._reply(link, b":") for _ in names]:
+                if count != b"2":
+                    return present
+                present += 1
+        return present
+
+    def get_one(self, link: _Link, key: CacheEngineKey) -> MemoryObj | None:
+        name = key.to_string().encode()
+        commands = self._command(b"GET", name + b"metadata"), self._command(b"GET", name + b"kv_bytes")
+        link.socket.sendall(b"".join(commands))
+        raw, length = None, int(self._reply(link, b"$"))
+        if length >= 0:
+            raw = link.read(length + 2)[:-2]
+        length = int(self._reply(link, b"$"))
+        if length < 0:
+            return None
+        obj = None
+        try:
+            meta = RemoteMetadata.deserialize(raw) if raw is not None else None
+        except (ValueError, KeyError, struct.error):
+            meta = None
+        if meta is not None and len(meta.shapes) == 1 and meta.length == length:
+            obj = self.take(link, key, meta.shapes[0], meta.dtypes[0], meta.fmt, length)
+        else:
+            logger.warning("Chunk %s not taken: it is not LMCache's", key.to_string())
+            link.skip(length)
+        try:
+            link.skip(2)
+        except BaseException:
+            if obj is not None:
+                self.give_back(obj)
+            raise
+        return obj
+
+
+def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> StoreClient | None:
     """Our client for ``url``, or None where only LMCache's own will do (other stores).
 
     Raises:
-        StoreUnavailable: the store does not answer.
+        StoreUnavailable: the store does not answer, or refuses us.
     """
     if url.startswith("lm://"):
         host, _, port = url[len("lm://") :].rstrip("/").rpartition(":")
         return LMStoreConnector(host, int(port), loop, local_cpu_backend)
     if url.startswith(("redis://", "rediss://", "unix://")):
-        client = RedisStoreConnector(url, loop, local_cpu_backend)
         try:
-            asyncio.run_coroutine_threadsafe(client.ping(), loop).result(IO_TIMEOUT_S)
-        except Exception as error:
-            # the URL may carry a password: only its class of failure is told
-            raise StoreUnavailable(f"KV store Redis does not answer: {type(error).__name__}") from None
-        return client
+            return RedisStoreConnector(url, loop, local_cpu_backend)
+        except (StoreRefused, redis.RedisError) as error:
+            raise StoreUnavailable(f"KV store Redis refuses the connection: {type(error).__name__}") from None
     return None

@@ -262,25 +262,45 @@ def vllm_config(device="cpu", mla=False, cache_dtype="auto"):
     )
 
 
-def test_refuses_what_it_cannot_move():
-    kv_connector._refuse_unsupported(vllm_config())
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(asked, compiled, **config): who copies."""
+
+    def one(asked="", compiled=False, **config):
+        monkeypatch.setenv(kv_connector.COPY_VARIABLE, asked)
+        monkeypatch.setattr(kv_connector, "_lmcache_is_compiled", lambda: compiled)
+        return kv_connector._choose_copy(vllm_config(**config))
+
+    return one
+
+
+def test_refuses_what_it_cannot_move(choose):
+    assert choose() == "own"
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UnsupportedKVLayout, match=f"MLA models are not supported on {device}"):
+            choose(device=device, mla=True)
+        for dtype in ("fp8", "fp8_e5m2", "int8"):
+            with pytest.raises(UnsupportedKVLayout, match=f"--kv-cache-dtype {dtype}"):
+                choose(device=device, cache_dtype=dtype)
     with pytest.raises(UnsupportedKVLayout, match="MLA"):
-        kv_connector._refuse_unsupported(vllm_config(mla=True))
-    for dtype in ("fp8", "fp8_e5m2", "int8"):
-        with pytest.raises(UnsupportedKVLayout, match=f"--kv-cache-dtype {dtype}"):
-            kv_connector._refuse_unsupported(vllm_config(cache_dtype=dtype))
-    kv_connector._refuse_unsupported(vllm_config(device="meta", mla=True, cache_dtype="fp8"))
+        choose("own", compiled=True, device="cuda", mla=True)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_cuda_without_lmcaches_kernels_is_held_to_the_same(monkeypatch, compiled):
-    monkeypatch.setattr(kv_connector, "_lmcache_is_compiled", lambda: compiled)
-    config = vllm_config(device="cuda", mla=True)
-    if compiled:
-        kv_connector._refuse_unsupported(config)
-    else:
-        with pytest.raises(UnsupportedKVLayout, match="MLA models are not supported on cuda"):
-            kv_connector._refuse_unsupported(config)
+def test_lmcaches_copy_where_it_can_do_more(choose):
+    assert choose(device="meta", mla=True, cache_dtype="fp8") == "stock"
+    assert choose(device="meta") == "stock"
+    assert choose("own", device="meta") == "own"
+    assert choose(compiled=True, device="cuda") == "auto"
+    assert choose(compiled=True, device="cuda", mla=True) == "stock"
+    assert choose("stock", compiled=True, device="cuda") == "stock"
+
+
+def test_a_choice_that_cannot_be_is_refused(choose):
+    with pytest.raises(ValueError, match="DISAGG_KV_COPY='fast': allowed: auto, own, stock"):
+        choose("fast")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"DISAGG_KV_COPY=stock: LMCache cannot copy the KV cache on {device}"):
+            choose("stock", device=device)
 
 
 def test_copies_wait_for_vllms_stream(monkeypatch):
