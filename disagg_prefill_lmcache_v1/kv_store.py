@@ -48,6 +48,9 @@ CONNECT_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 0.5
 # Connections that carry chunks at once, each way. One is limited by one core's copying at each end.
 CONNECTIONS = 4
+# LMCache's server allocates what is still missing of a chunk for every piece that it receives: pieces that arrive as a
+# whole are taken two to three times as fast as one that trickles in.
+_LM_PIECE = 256 << 10
 # Answers of 36 bytes (lm) to requests of 186: so many at a time stay far below the socket buffers.
 _LOOKUPS_AT_ONCE = 256
 
@@ -541,7 +544,8 @@ class LMStoreConnector(StoreClient):
         for key, obj in zip(keys, objs, strict=True):
             data = _bytes_of(obj)
             link.socket.sendall(_header(ClientCommand.PUT, key, obj, len(data)))
-            link.socket.sendall(data)
+            for i in range(0, len(data), _LM_PIECE):
+                link.socket.sendall(data[i : i + _LM_PIECE])
         link.socket.sendall(_header(ClientCommand.EXIST, keys[-1]))  # answered after the puts: their acknowledgement
         if self._answer(link).code != ServerReturnCode.SUCCESS:
             raise ConnectionError("the KV store dropped a chunk")
