@@ -138,6 +138,12 @@ class Fetch(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None: ...
 
+    def __enter__(self) -> Fetch:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
 
 class _StagedFetch(Fetch):
     """Several connections read into staging memory, the consumer takes chunks while the next ones arrive."""
@@ -689,4 +695,8 @@ def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -
             return RedisStoreConnector(url, loop, local_cpu_backend)
         except (StoreRefused, redis.RedisError) as error:
             raise StoreUnavailable(f"KV store Redis refuses the connection: {type(error).__name__}") from None
+    if url.startswith(("shm://", "plugin://shm")):
+        from disagg_prefill_lmcache_v1 import kv_shm  # it imports this module
+
+        return kv_shm.connect(url, loop, local_cpu_backend)
     return None
