@@ -7,7 +7,7 @@
 set -Eeuo pipefail
 
 # Settings to edit; empty: the default. An environment variable of the same name or a flag wins.
-: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server) or redis
+: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server), redis or shm
 : "${DISAGG_TENSOR_PARALLEL_SIZE:=}" # ranks (cards) of each vLLM server
 : "${DISAGG_MODEL:=}"                # Hugging Face name or local directory
 

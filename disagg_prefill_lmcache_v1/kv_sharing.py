@@ -42,8 +42,8 @@ REPOSITORY = PACKAGE.parent
 MODELS = REPOSITORY / ".models"
 MODULE = "disagg_prefill_lmcache_v1.kv_sharing"
 HOST = "127.0.0.1"
-BACKENDS = ("lm", "redis")
-URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss")}
+BACKENDS = ("lm", "redis", "shm")
+URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss"), "shm": ("shm",)}
 KV_ROLES = {"store": "kv_producer", "retrieve": "kv_consumer"}
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
 ENGINE_TITLE = "VLLM::"  # how vLLM calls its processes
@@ -148,10 +148,11 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
         parser.add_argument(name, *aliases, default=os.environ.get(variable) or default, help=shown, **more)
 
     add("--device", "what vLLM runs on: auto, hpu, cuda or cpu", "auto", choices=("auto", *profiles.DEVICES))
-    add("--backend", "KV server: lm or redis", "lm", ("--remote-server", "--remote_server"), choices=BACKENDS)
+    store = ("--remote-server", "--remote_server")
+    add("--backend", "KV server: lm, redis or shm (shared memory)", "lm", store, choices=BACKENDS)
     add(
         "--remote-url",
-        "use this KV server (lm://, redis:// or rediss://) instead of starting one",
+        "use this KV server (lm://, redis://, rediss:// or shm://) instead of starting one",
         "",
         ("--redis-url",),
     )
@@ -249,6 +250,11 @@ def _program(settings: Settings, key: str, python: str) -> list[str]:
     return [word.replace("{python}", python).replace("{package}", str(PACKAGE)) for word in words]
 
 
+def _python_path(environment: Mapping[str, str]) -> str:
+    path = environment.get("PYTHONPATH")
+    return f"{REPOSITORY}:{path}" if path else str(REPOSITORY)
+
+
 def cards_of(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], bool]:
     """The variable that gives each role its cards (if the device has one), and whether both share the only one.
 
@@ -274,6 +280,10 @@ def cards_of(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[s
 def kv_server_command(settings: Settings, port: int, python: str) -> Command:
     if settings.backend == "lm":
         return Command("kv_server", (*_program(settings, "KV_SERVER_PROGRAM", python), HOST, str(port)), {})
+    if settings.backend == "shm":
+        size = os.environ.get("KV_SHM_SIZE") or settings.of_profile("KV_SHM_SIZE")
+        words = [*_program(settings, "KV_SHM_SERVER_PROGRAM", python), HOST, str(port), "--size", size]
+        return Command("kv_server", tuple(words), {"PYTHONPATH": _python_path(os.environ)})
     words = [*_program(settings, "REDIS_SERVER_PROGRAM", python), "--bind", HOST, "--port", str(port)]
     words += ["--save", "", "--appendonly", "no", "--maxmemory", settings.of_profile("REDIS_MAXMEMORY")]
     return Command("kv_server", (*words, "--maxmemory-policy", "allkeys-lru"), {})
@@ -303,12 +313,11 @@ def instance_command(
     vllm += ["--gpu-memory-utilization", memory] if memory else []
     vllm += settings.vllm_arguments
 
-    path = environment.get("PYTHONPATH")
-    child = {"PYTHONPATH": f"{REPOSITORY}:{path}" if path else str(REPOSITORY), "DISAGG_DEVICE": settings.device}
+    child = {"PYTHONPATH": _python_path(environment), "DISAGG_DEVICE": settings.device}
     child |= settings.profile.child_environment(environment) | cards[role]
     config = PACKAGE / "configs" / f"lmcache-config-{settings.backend}.yaml"
     child["LMCACHE_CONFIG_FILE"] = environment.get("LMCACHE_CONFIG_FILE") or str(config)
-    child["LMCACHE_REMOTE_URL"] = remote_url
+    child["DISAGG_SHM_URL" if settings.backend == "shm" else "LMCACHE_REMOTE_URL"] = remote_url
     if Path(settings.model).is_absolute():
         child["HF_HUB_OFFLINE"] = "1"
     if role == "store":

@@ -10,7 +10,7 @@ REPO=$(dirname -- "$HERE")
 # key of the profiles the name in capitals: --kv-port, DISAGG_KV_PORT, KV_PORT.
 SETTINGS_TABLE=(
   "device|auto, hpu, cuda or cpu|what the vLLM servers run on"
-  "backend|lm or redis|KV store between the servers"
+  "backend|lm, redis or shm|KV store between the servers: LMCache's server, Redis, shared memory"
   "tensor-parallel-size|N|ranks (cards) of each vLLM server"
   "model|NAME or DIR|Hugging Face name or local directory; needs HF_TOKEN only if it is gated and not local"
   "served-model-name|NAME|name that clients use"
@@ -106,8 +106,9 @@ print_help() {
   done
   printf '  --%-36s %s\n  %-38s %s\n\n' help "this text" "-- ARGS" "further arguments of both vLLM servers"
   printf 'Defaults not shown depend on the device: see profiles/hpu.env, cuda.env and cpu.env in\n  %s\n' "$HERE/profiles"
-  printf 'Ports by default: proxy %s, prefiller %s, decoder %s, LMCache server %s, Redis %s.\n' "${PROFILE[PROXY_PORT]}" \
-    "${PROFILE[PREFILLER_PORT]}" "${PROFILE[DECODER_PORT]}" "${PROFILE[KV_PORT_LM]}" "${PROFILE[KV_PORT_REDIS]}"
+  printf 'Ports by default: proxy %s, prefiller %s, decoder %s, LMCache server %s, Redis %s, shm %s.\n' \
+    "${PROFILE[PROXY_PORT]}" "${PROFILE[PREFILLER_PORT]}" "${PROFILE[DECODER_PORT]}" "${PROFILE[KV_PORT_LM]}" \
+    "${PROFILE[KV_PORT_REDIS]}" "${PROFILE[KV_PORT_SHM]}"
   printf 'DISAGG_PYTHON names the Python to use as it is; VLLM_PROGRAM the words that start vLLM, before the model.\n'
 }
 
@@ -225,7 +226,7 @@ resolve_settings() {
     [[ $name == device ]] || resolve "$name"
   done
 
-  need_choice backend lm redis
+  need_choice backend lm redis shm
   need_integer tensor_parallel_size 1 64
   need_integer max_model_len 16 10000000
   need_integer num_prompts 0 1000000
@@ -248,6 +249,11 @@ resolve_settings() {
     [[ ${S[backend]} == redis ]] || usage_error "$(source_of redis_url) goes with --backend redis"
     [[ ${S[redis_url]} =~ ^rediss?://[^[:space:]/]+(/[^[:space:]]*)?$ ]] ||
       usage_error "$(source_of redis_url): allowed: redis:// or rediss://, as in redis://:password@host:6379/0"
+  fi
+
+  if [[ ${S[backend]} == shm ]]; then
+    [[ $(kv_shm_size) =~ ^[0-9]{1,12}([kKmMgG][bB]?|[bB])?$ ]] ||
+      usage_error "KV_SHM_SIZE '$(kv_shm_size)': allowed: a whole number and a unit, as in 512mb or 2gb"
   fi
 
   S[run_dir]=${S[run_dir]:-$HERE}
@@ -373,14 +379,21 @@ build_command() {
       done
       ;;
     kv-server)
-      if [[ ${S[backend]} == redis ]]; then
-        program REDIS_SERVER_PROGRAM
-        CHILD_CMD+=(--bind "${PROFILE[HOST]}" --port "${S[kv_port]}" --save '' --appendonly no
-          --maxmemory "${REDIS_MAXMEMORY:-${PROFILE[REDIS_MAXMEMORY]}}" --maxmemory-policy allkeys-lru)
-      else
-        program KV_SERVER_PROGRAM
-        CHILD_CMD+=("${PROFILE[HOST]}" "${S[kv_port]}")
-      fi
+      case ${S[backend]} in
+        redis)
+          program REDIS_SERVER_PROGRAM
+          CHILD_CMD+=(--bind "${PROFILE[HOST]}" --port "${S[kv_port]}" --save '' --appendonly no
+            --maxmemory "${REDIS_MAXMEMORY:-${PROFILE[REDIS_MAXMEMORY]}}" --maxmemory-policy allkeys-lru)
+          ;;
+        shm)
+          program KV_SHM_SERVER_PROGRAM
+          CHILD_CMD+=("${PROFILE[HOST]}" "${S[kv_port]}" --size "$(kv_shm_size)")
+          ;;
+        *)
+          program KV_SERVER_PROGRAM
+          CHILD_CMD+=("${PROFILE[HOST]}" "${S[kv_port]}")
+          ;;
+      esac
       ;;
     load)
       program LOAD_PROGRAM
@@ -420,19 +433,26 @@ build_vllm_command() {
 
   for name in $(printf '%s\n' "${!PROFILE_ENV[@]}" | sort); do add_environment "$name" "${PROFILE_ENV[$name]}"; done
   add_environment LMCACHE_CONFIG_FILE "$HERE/configs/lmcache-config-${S[backend]}.yaml"
-  CHILD_ENV+=("LMCACHE_REMOTE_URL=$(kv_url)")
+  if [[ ${S[backend]} == shm ]]; then
+    CHILD_ENV+=("DISAGG_SHM_URL=$(kv_url)")
+    unset LMCACHE_REMOTE_URL # LMCache would use that store too
+  else
+    CHILD_ENV+=("LMCACHE_REMOTE_URL=$(kv_url)")
+  fi
   if model_is_local; then CHILD_ENV+=(HF_HUB_OFFLINE=1); fi
   [[ -z $variable ]] || CHILD_ENV+=("$variable=${CARDS[$role]}")
   [[ $role != prefiller ]] || CHILD_ENV+=("DISAGG_KV_VISIBILITY=@disagg-kv-$port-$$")
 }
 
 kv_url() {
-  if [[ ${S[backend]} == lm ]]; then
-    printf 'lm://%s:%s' "${PROFILE[HOST]}" "${S[kv_port]}"
-  else
+  if [[ ${S[backend]} == redis ]]; then
     printf '%s' "${S[redis_url]:-redis://${PROFILE[HOST]}:${S[kv_port]}}"
+  else
+    printf '%s://%s:%s' "${S[backend]}" "${PROFILE[HOST]}" "${S[kv_port]}"
   fi
 }
+
+kv_shm_size() { printf '%s' "${KV_SHM_SIZE:-${PROFILE[KV_SHM_SIZE]}}"; }
 
 # Replaces the password in a Redis URL, wherever it stands in a text (a filter).
 mask_passwords() { sed -u -E "s#(rediss?://[^:@/ ]*):[^ ,'\"]*@#\1:***@#g; s#([?&]password=)[^& '\"]*#\1***#g"; }
@@ -599,7 +619,12 @@ check_machine() {
     key=
     case $role in
       prefiller | decoder) key=VLLM_PROGRAM ;;
-      kv-server) [[ ${S[backend]} == redis ]] || key=KV_SERVER_PROGRAM ;;
+      kv-server)
+        case ${S[backend]} in
+          lm) key=KV_SERVER_PROGRAM ;;
+          shm) key=KV_SHM_SERVER_PROGRAM ;;
+        esac
+        ;;
       proxy) key=PROXY_PROGRAM ;;
     esac
     if [[ -n $key ]]; then
