@@ -178,6 +178,38 @@ class _Session:
             self._socket.close()
 
 
+class _PinnedFetch(kv_store.Fetch):
+    """Chunks that stay in the shared memory until this is closed."""
+
+    def __init__(
+        self, client: ShmStoreConnector, session: _Session, names: Sequence[str], found: Sequence[Any]
+    ) -> None:
+        self._client, self._session, self._names, self._found = client, session, names, found
+        self._closed = False
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        client = self._client
+        for i, chunk in enumerate(self._found):
+            if chunk is None:
+                continue
+            offset, length, (dims, dtype_name, fmt) = chunk
+            shape, dtype = torch.Size(dims), getattr(torch, dtype_name, None)
+            if fmt != client.meta_fmt.value or not kv_store.fits(client, shape, dtype, client.meta_fmt, length):
+                logger.warning("Chunk %s not taken: foreign shape %s", self._names[i], shape)
+                continue
+            yield i, self._session.segment.tensor(offset, shape, dtype)
+
+    def done(self, index: int) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        pinned = [name for name, chunk in zip(self._names, self._found, strict=True) if chunk is not None]
+        self._client.end_fetch(self._session, pinned)
+
+
 class ShmStoreConnector(RemoteConnector):
     """Client of ``kv_shm_server``; see the module's text.
 
@@ -205,6 +237,7 @@ class ShmStoreConnector(RemoteConnector):
         self._segment: _Segment | None = None
         self._failed_at = -1e9
         self._closed = False
+        self.links = THREADS
         # (key, address of the tensor) -> the session that it was reserved on
         self._staged: dict[tuple[str, int], _Session] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kv-store")
@@ -361,41 +394,27 @@ class ShmStoreConnector(RemoteConnector):
                 groups.setdefault(self._staged.pop((name, tensor.data_ptr()), None), []).append(name)
         return list(groups.items())
 
-    @contextlib.contextmanager
-    def fetch(self, keys: Sequence[CacheEngineKey]) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
+    def fetch(self, keys: Sequence[CacheEngineKey]) -> kv_store.Fetch:
         """Gives (index in ``keys``, tensor in the shared memory) of every chunk that is there and fits this model.
 
-        The tensors are to be read only, and only within the context: after it their memory may be used for others.
+        The tensors are to be read only, and only until it is closed: after that their memory may be used for others.
 
         Raises:
-            StoreUnavailable: on entering.
+            StoreUnavailable
         """
         names = _names(keys)
         found, session = self._ask_leased("pin", names)
-        try:
-            yield self._views(session.segment, names, found)
-        finally:
-            pinned = [name for name, chunk in zip(names, found, strict=True) if chunk is not None]
-            try:
-                if pinned:
-                    session.ask("release", pinned)
-            except (OSError, ValueError, TypeError):
-                self._forget(session)  # what was read is right all the same: it was pinned until now
-            finally:
-                session.end_leases()
+        return _PinnedFetch(self, session, names, found)
 
-    def _views(
-        self, segment: _Segment, names: Sequence[str], found: Sequence[Any]
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        for i, chunk in enumerate(found):
-            if chunk is None:
-                continue
-            offset, length, (dims, dtype_name, fmt) = chunk
-            shape, dtype = torch.Size(dims), getattr(torch, dtype_name, None)
-            if fmt != self.meta_fmt.value or not kv_store._fits(self, shape, dtype, self.meta_fmt, length):
-                logger.warning("Chunk %s not taken: foreign shape %s", names[i], shape)
-                continue
-            yield i, segment.tensor(offset, shape, dtype)
+    def end_fetch(self, session: _Session, names: Sequence[str]) -> None:
+        """Give back what was pinned on ``session``."""
+        try:
+            if names:
+                session.ask("release", names)
+        except (OSError, ValueError, TypeError):
+            self._forget(session)  # what was read is right all the same: it was pinned until now
+        finally:
+            session.end_leases()
 
     def memory(self) -> list[tuple[int, int]]:
         """(address, bytes) of the host memory that the tensors of ``stage`` and ``fetch`` lie in."""
