@@ -301,7 +301,7 @@ def measure_copies(bench: Bench, mover: KVMover, slots: torch.Tensor, count: int
         return
     chunks = [chunk.pin_memory() for chunk in chunks[:8]]
     staging = torch.empty(mover.shape(CHUNK), dtype=mover.dtype, device=mover.device)
-    rows = mover.rows_of(slots)
+    rows, views = mover.rows_of(slots), mover.row_views(staging)
 
     def finished(work: Callable[[int], None]) -> Callable[[int], None]:
         def finish(i: int) -> None:
@@ -310,13 +310,11 @@ def measure_copies(bench: Bench, mover: KVMover, slots: torch.Tensor, count: int
 
         return finish
 
-    bench.add("copy", "gather", times(finished(lambda i: mover.move_rows(staging, rows[:, parts[i]], False)), count))
+    bench.add("copy", "gather", times(finished(lambda i: mover.move_rows(views, rows[:, parts[i]], False)), count))
     bench.add("copy", "to host", times(finished(lambda i: chunks[i % 8].copy_(staging, non_blocking=True)), count))
     bench.add("copy", "to device", times(finished(lambda i: staging.copy_(chunks[i % 8], non_blocking=True)), count))
-    bench.add("copy", "scatter", times(finished(lambda i: mover.move_rows(staging, rows[:, parts[i]], True)), count))
-    bench.note(
-        "copy", "gather, only started", times(lambda i: mover.move_rows(staging, rows[:, parts[i]], False), count)
-    )
+    bench.add("copy", "scatter", times(finished(lambda i: mover.move_rows(views, rows[:, parts[i]], True)), count))
+    bench.note("copy", "gather, only started", times(lambda i: mover.move_rows(views, rows[:, parts[i]], False), count))
     torch.cuda.synchronize()
 
 

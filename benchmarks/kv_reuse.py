@@ -1,13 +1,15 @@
 """Does every request reuse its KV cache, and what does that promise cost?
 
-    python benchmarks/kv_reuse.py [--requests 200] [--concurrency 8] [--json FILE]
+    python benchmarks/kv_reuse.py [--requests 200] [--concurrency 8] [--lengths 500 2000] [--json FILE]
 
 Against a running stack (disagg_example_gaudi_lm.sh --serve):
 
 1. requests of 2 to 2,500 prompt tokens through the proxy: answered, fully reused, how long an answer was held for the
    KV cache to become visible, and how long the transfer itself took;
 2. prefill throughput of the prefill server with N requests in flight, three ways in turn: KV not stored; stored, and
-   answered at once (as without this project); stored, and answered when visible.
+   answered at once (as without this project); stored, and answered when visible;
+3. one request at a time, for each of --lengths: prefill without and with storing, and decode (one token) with loaded
+   and with recomputed KV.
 """
 
 from __future__ import annotations
@@ -138,6 +140,47 @@ async def throughput(session: aiohttp.ClientSession, args: argparse.Namespace, m
     }
 
 
+async def one_at_a_time(
+    session: aiohttp.ClientSession, args: argparse.Namespace, model: str, prompts: Prompts
+) -> list[dict[str, Any]]:
+    async def timed(url: str, prompt: list[int], more: dict[str, Any], headers: dict[str, str]) -> tuple[float, int]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **more}
+        begin = time.perf_counter()
+        answer, _ = await post(session, url, body, {"x-request-id": uuid.uuid4().hex, **headers})
+        seconds = time.perf_counter() - begin
+        return seconds, (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+    rows = []
+    for length in args.lengths:
+        seconds: dict[str, list[float]] = {
+            "prefill": [],
+            "prefill_stored": [],
+            "decode_loaded": [],
+            "decode_recomputed": [],
+        }
+        reused = []
+        for round_number in range(args.rounds + 1):
+            prompt = prompts(length, length)
+            headers, more = MODES["not stored"]
+            took = [(await timed(args.prefiller_url, prompts(length, length), more, headers))[0]]
+            took.append((await timed(args.prefiller_url, prompt, {}, {}))[0])
+            loaded, cached = await timed(args.decoder_url, prompt, {}, {})
+            took += [loaded, (await timed(args.decoder_url, prompts(length, length), {}, {}))[0]]
+            if round_number:  # the first one warms up
+                reused.append(cached)
+                for values, value in zip(seconds.values(), took, strict=True):
+                    values.append(value)
+        row = {
+            "tokens": length,
+            "reused": min(reused),
+            **{k: round(statistics.median(v), 4) for k, v in seconds.items()},
+        }
+        row["store_ratio"] = round(row["prefill_stored"] / row["prefill"], 3)
+        row["load_ratio"] = round(row["decode_loaded"] / row["decode_recomputed"], 3)
+        rows.append(row)
+    return rows
+
+
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=args.timeout)
     async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -150,9 +193,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.requests:
             result["reuse"] = await reuse(session, args, model, prompts)
             print_reuse(result["reuse"], args)
-        if args.rounds:
+        if args.per_round:
             result["prefill"] = await throughput(session, args, model, prompts)
             print_throughput(result["prefill"], args)
+        if args.lengths:
+            result["one_at_a_time"] = await one_at_a_time(session, args, model, prompts)
+            print_one_at_a_time(result["one_at_a_time"], args)
         return result
 
 
@@ -170,17 +216,29 @@ def print_throughput(rows: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"  {mode:30s} {row['tokens_per_s']:10.0f} tokens/s ({spread}), {row['time_ratio']:.2f} x the time")
 
 
+def print_one_at_a_time(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    print(f"one request at a time, seconds, median of {args.rounds}:")
+    print("   tokens   prefill  + storing   ratio    decode: loaded  recomputed   ratio   reused")
+    for r in rows:
+        left = f"{r['tokens']:9d} {r['prefill']:9.4f} {r['prefill_stored']:10.4f} {r['store_ratio']:7.2f}"
+        print(
+            f"{left} {r['decode_loaded']:17.4f} {r['decode_recomputed']:11.4f} {r['load_ratio']:7.2f} {r['reused']:8d}"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxy-url", default="http://127.0.0.1:8000")
     parser.add_argument("--prefiller-url", default="http://127.0.0.1:8100")
+    parser.add_argument("--decoder-url", default="http://127.0.0.1:8200", help="for --lengths")
     parser.add_argument("--requests", type=int, default=200, help="0 leaves the first part out")
     parser.add_argument("--shortest", type=int, default=2, help="prompt tokens")
     parser.add_argument("--longest", type=int, default=2500, help="prompt tokens")
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="0 leaves the second part out")
-    parser.add_argument("--per-round", type=int, default=48, help="prefills of a round; many more than are in flight")
+    parser.add_argument("--rounds", type=int, default=5, help="of the second and third part")
+    parser.add_argument("--per-round", type=int, default=48, help="prefills of a round; 0 leaves the second part out")
     parser.add_argument("--prefill-len", type=int, default=1000, help="prompt tokens of the second part")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[], help="prompt tokens of the third part")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one request")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
     parser.add_argument("--json", type=Path, help="write the numbers there")

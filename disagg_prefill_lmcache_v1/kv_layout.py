@@ -288,16 +288,21 @@ class KVMover:
         size = self.layout.block_size
         return self._row_of[:, slots % size] + (slots // size * self._row_stride)[None, :, None]
 
-    def move_rows(self, chunk: torch.Tensor, rows: torch.Tensor, to_cache: bool) -> None:
-        """Copy tokens by their ``rows`` into ``chunk`` (``shape(tokens)``, on the device) or from it.
+    def row_views(self, chunk: torch.Tensor) -> list[list[torch.Tensor]]:
+        """``chunk`` (``shape(tokens)``, on the device) as :meth:`move_rows` takes it; can be kept and used again."""
+        if self._wide is not None:
+            chunk = chunk.view(self._wide)
+        width = self._wide_rows[0].shape[1]
+        return [[chunk[side, layer].view(-1, width) for layer in range(len(self.caches))] for side in range(2)]
+
+    def move_rows(self, views: list[list[torch.Tensor]], rows: torch.Tensor, to_cache: bool) -> None:
+        """Copy tokens by their ``rows`` into a chunk (its ``row_views``) or from it.
 
         Only starts work on the device's current stream: one operation for K and one for V of each layer.
         """
-        wide = self._wide if self._wide is not None else chunk.dtype
         for side in range(2):
             index = rows[side].reshape(-1)
-            for layer, cache in enumerate(self._wide_rows):
-                plain = chunk[side, layer].view(wide).view(-1, cache.shape[1])
+            for cache, plain in zip(self._wide_rows, views[side], strict=True):
                 if to_cache:
                     cache.index_copy_(0, index, plain)
                 else:

@@ -85,10 +85,12 @@ class HostCopy:
         return slots if self._mover.device.type != "cpu" else slots.cpu()
 
     def gather(self, chunk: torch.Tensor, slots: Any, start: int, end: int) -> Written:
+        """Copy the tokens ``start`` to ``end`` of ``slots`` into ``chunk``."""
         self._mover.gather(chunk, slots[start:end])
         return _NOW
 
     def scatter(self, chunk: torch.Tensor, skip: int, slots: Any, start: int, end: int) -> Written:
+        """Copy all but the first ``skip`` tokens of ``chunk`` to the tokens ``start`` to ``end`` of ``slots``."""
         self._mover.scatter(chunk[:, :, skip:], slots[start:end])
         return _NOW
 
@@ -105,9 +107,10 @@ class CudaCopy:
 
     def __init__(self, mover: KVMover, tokens: int, staging_bytes: int = DEVICE_STAGING_BYTES) -> None:
         self._mover = mover
-        size = mover.shape(tokens).numel()
-        count = max(2, staging_bytes // (size * mover.dtype.itemsize))
-        self._ring = [torch.empty(size, dtype=mover.dtype, device=mover.device) for _ in range(count)]
+        count = max(2, staging_bytes // (mover.shape(tokens).numel() * mover.dtype.itemsize))
+        whole = mover.shape(tokens)
+        self._ring = [torch.empty(whole, dtype=mover.dtype, device=mover.device) for _ in range(count)]
+        self._views = [mover.row_views(staging) for staging in self._ring]
         # per staging chunk: when it may be written again
         self._free: list[torch.cuda.Event | None] = [None] * count
         self._turn = itertools.cycle(range(count))
@@ -126,6 +129,13 @@ class CudaCopy:
             else:
                 logger.warning("%d MiB of host memory cannot be registered (%s): copies are slower", size >> 20, code)
 
+    def _staging(self, turn: int, shape: torch.Size) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        staging = self._ring[turn]
+        if shape == staging.shape:
+            return staging, self._views[turn]
+        staging = staging.view(-1)[: shape.numel()].view(shape)
+        return staging, self._mover.row_views(staging)
+
     def begin(self, slots: torch.Tensor) -> Any:
         return self._mover.rows_of(slots.to(self._mover.device, non_blocking=True))
 
@@ -134,8 +144,8 @@ class CudaCopy:
         turn = next(self._turn)
         if (free := self._free[turn]) is not None:
             compute.wait_event(free)
-        staging = self._ring[turn][: chunk.numel()].view(chunk.shape)
-        self._mover.move_rows(staging, rows[:, start:end], to_cache=False)
+        staging, views = self._staging(turn, chunk.shape)
+        self._mover.move_rows(views, rows[:, start:end], to_cache=False)
         self._to_host.wait_stream(compute)
         with torch.cuda.stream(self._to_host):
             chunk.copy_(staging, non_blocking=True)
@@ -149,13 +159,15 @@ class CudaCopy:
         turn = next(self._turn)
         if (free := self._free[turn]) is not None:
             self._to_device.wait_event(free)
-        staging = self._ring[turn][: chunk.numel()].view(chunk.shape)
+        staging, views = self._staging(turn, chunk.shape)
         with torch.cuda.stream(self._to_device):
             staging.copy_(chunk, non_blocking=True)
             read = torch.cuda.Event(blocking=True)
             read.record()
         compute.wait_event(read)
-        self._mover.move_rows(staging[:, :, skip:], rows[:, start:end], to_cache=True)
+        if skip:
+            views = self._mover.row_views(staging[:, :, skip:])
+        self._mover.move_rows(views, rows[:, start:end], to_cache=True)
         self._free[turn] = torch.cuda.Event()
         self._free[turn].record(compute)
         return read

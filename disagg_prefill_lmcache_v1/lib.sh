@@ -384,6 +384,8 @@ build_command() {
           program REDIS_SERVER_PROGRAM
           CHILD_CMD+=(--bind "${PROFILE[HOST]}" --port "${S[kv_port]}" --save '' --appendonly no
             --maxmemory "${REDIS_MAXMEMORY:-${PROFILE[REDIS_MAXMEMORY]}}" --maxmemory-policy allkeys-lru)
+          name=$(redis_socket)
+          [[ -z $name ]] || CHILD_CMD+=(--unixsocket "$name" --unixsocketperm 700)
           ;;
         shm)
           program KV_SHM_SERVER_PROGRAM
@@ -438,10 +440,19 @@ build_vllm_command() {
     unset LMCACHE_REMOTE_URL # LMCache would use that store too
   else
     CHILD_ENV+=("LMCACHE_REMOTE_URL=$(kv_url)")
+    name=$(redis_socket)
+    [[ ${S[backend]} != redis || -z $name ]] || CHILD_ENV+=("DISAGG_REDIS_SOCKET=$name")
   fi
   if model_is_local; then CHILD_ENV+=(HF_HUB_OFFLINE=1); fi
   [[ -z $variable ]] || CHILD_ENV+=("$variable=${CARDS[$role]}")
   [[ $role != prefiller ]] || CHILD_ENV+=("DISAGG_KV_VISIBILITY=@disagg-kv-$port-$$")
+}
+
+# redis_socket: where the Redis that is started here listens besides its port: a Unix socket costs less than TCP. Nothing
+# where the path would be longer than the kernel takes.
+redis_socket() {
+  local path=${S[run_dir]}/redis-${S[kv_port]}.sock
+  if [[ -z ${S[redis_url]} ]] && ((${#path} < 100)); then printf '%s' "$path"; fi
 }
 
 kv_url() {

@@ -138,6 +138,14 @@ def test_device_is_found_by_its_cards(launch: Launch, hpu: str, cuda: str, devic
     assert option(commands["load"][1], "--device") == device
 
 
+def test_no_unix_socket_for_a_redis_elsewhere_or_under_a_long_path(launch: Launch, tmp_path: Path) -> None:
+    elsewhere = dry_run(launch, "--device", "cpu", "--backend", "redis", "--redis-url", "redis://db:1")
+    assert "DISAGG_REDIS_SOCKET" not in elsewhere["decoder"][0]
+    deep = dry_run(launch, "--device", "cpu", "--backend", "redis", "--run-dir", str(tmp_path / ("x" * 100)))
+    assert "DISAGG_REDIS_SOCKET" not in deep["decoder"][0]
+    assert "--unixsocket" not in deep["kv-server"][1]
+
+
 def test_redis_is_started_without_persistence(launch: Launch) -> None:
     commands = dry_run(launch, "--device", "cpu", "--backend", "redis")
     words = commands["kv-server"][1]
@@ -146,6 +154,7 @@ def test_redis_is_started_without_persistence(launch: Launch) -> None:
     assert option(words, "--maxmemory") == "2gb"
     assert option(words, "--maxmemory-policy") == "allkeys-lru"
     environment = commands["prefiller"][0]
+    assert option(words, "--unixsocket") == environment["DISAGG_REDIS_SOCKET"]
     assert environment["LMCACHE_REMOTE_URL"] == "redis://127.0.0.1:8379"
     assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-redis.yaml")
 
