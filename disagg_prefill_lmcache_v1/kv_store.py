@@ -24,6 +24,7 @@ import itertools
 import os
 import queue
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -69,13 +70,40 @@ class StoreRefused(Exception):
 
 
 class _Link:
-    """A connected socket to a store; used by one thread at a time."""
+    """A connected socket to a store; used by one thread at a time.
+
+    It blocks in the kernel, with the kernel's own timeout, until all of a chunk has come or gone: with a timeout of
+    Python's it would need the interpreter's lock after every piece, and the thread that drives the engine holds it.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
-        self.socket.settimeout(IO_TIMEOUT_S)
+        self._all = socket.MSG_WAITALL
+        if isinstance(connected, ssl.SSLSocket):
+            self._all = 0  # not for TLS
+            connected.settimeout(IO_TIMEOUT_S)
+        else:
+            connected.settimeout(None)
+            timeout = struct.pack("@ll", int(IO_TIMEOUT_S), int(IO_TIMEOUT_S % 1 * 1e6))
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self._buffer = bytearray(64)
         self._start = self._end = 0  # what of the buffer was received and not yet taken
+
+    def send(self, data: bytes | memoryview) -> None:
+        try:
+            self.socket.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def _receive(self, view: memoryview, flags: int) -> int:
+        try:
+            n = self.socket.recv_into(view, 0, flags)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+        if n == 0:
+            raise ConnectionResetError("the KV store closed the connection")
+        return n
 
     def read_into(self, view: memoryview) -> None:
         if self._start < self._end:
@@ -84,10 +112,7 @@ class _Link:
             self._start += n
             view = view[n:]
         while len(view):
-            n = self.socket.recv_into(view)
-            if n == 0:
-                raise ConnectionResetError("the KV store closed the connection")
-            view = view[n:]
+            view = view[self._receive(view, self._all) :]
 
     def read(self, length: int) -> bytes:
         data = bytearray(length)
@@ -102,10 +127,7 @@ class _Link:
                 self._start, self._end = 0, self._end - self._start
             if self._end == len(self._buffer):
                 self._buffer.extend(bytes(len(self._buffer)))
-            n = self.socket.recv_into(memoryview(self._buffer)[self._end :])
-            if n == 0:
-                raise ConnectionResetError("the KV store closed the connection")
-            self._end += n
+            self._end += self._receive(memoryview(self._buffer)[self._end :], 0)
         line = bytes(self._buffer[self._start : at])
         self._start = at + 2
         return line
@@ -547,17 +569,17 @@ class LMStoreConnector(StoreClient):
         return ServerMetaMessage.deserialize(link.read(ServerMetaMessage.packlength()))
 
     def check(self, link: _Link) -> None:
-        link.socket.sendall(_header(ClientCommand.HEALTH, _PING_KEY))
+        link.send(_header(ClientCommand.HEALTH, _PING_KEY))
         if self._answer(link).code != ServerReturnCode.SUCCESS:
             raise StoreRefused("the KV store says that it is not healthy")
 
     def put_all(self, link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
         for key, obj in zip(keys, objs, strict=True):
             data = _bytes_of(obj)
-            link.socket.sendall(_header(ClientCommand.PUT, key, obj, len(data)))
+            link.send(_header(ClientCommand.PUT, key, obj, len(data)))
             for i in range(0, len(data), _LM_PIECE):
-                link.socket.sendall(data[i : i + _LM_PIECE])
-        link.socket.sendall(_header(ClientCommand.EXIST, keys[-1]))  # answered after the puts: their acknowledgement
+                link.send(data[i : i + _LM_PIECE])
+        link.send(_header(ClientCommand.EXIST, keys[-1]))  # answered after the puts: their acknowledgement
         if self._answer(link).code != ServerReturnCode.SUCCESS:
             raise ConnectionError("the KV store dropped a chunk")
 
@@ -565,7 +587,7 @@ class LMStoreConnector(StoreClient):
         present = 0
         for i in range(0, len(keys), _LOOKUPS_AT_ONCE):
             part = keys[i : i + _LOOKUPS_AT_ONCE]
-            link.socket.sendall(b"".join(_header(ClientCommand.EXIST, key) for key in part))
+            link.send(b"".join(_header(ClientCommand.EXIST, key) for key in part))
             codes = [self._answer(link).code for _ in part]
             for code in codes:
                 if code != ServerReturnCode.SUCCESS:
@@ -574,7 +596,7 @@ class LMStoreConnector(StoreClient):
         return present
 
     def get_one(self, link: _Link, key: CacheEngineKey) -> MemoryObj | None:
-        link.socket.sendall(_header(ClientCommand.GET, key))
+        link.send(_header(ClientCommand.GET, key))
         meta = self._answer(link)
         if meta.code != ServerReturnCode.SUCCESS:
             return None
@@ -628,7 +650,7 @@ class RedisStoreConnector(StoreClient):
         return line[1:]
 
     def check(self, link: _Link) -> None:
-        link.socket.sendall(self._command(b"PING"))
+        link.send(self._command(b"PING"))
         self._reply(link, b"+")
 
     def put_all(self, link: _Link, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
@@ -637,9 +659,9 @@ class RedisStoreConnector(StoreClient):
             data, name = _bytes_of(obj), key.to_string().encode()
             meta = RemoteMetadata(len(data), obj.get_shapes(), obj.get_dtypes(), obj.get_memory_format()).serialize()
             value = name + b"kv_bytes"
-            link.socket.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(value), value, len(data)))
-            link.socket.sendall(data)
-            link.socket.sendall(b"\r\n" + self._command(b"SET", name + b"metadata", bytes(meta)))
+            link.send(b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(value), value, len(data)))
+            link.send(data)
+            link.send(b"\r\n" + self._command(b"SET", name + b"metadata", bytes(meta)))
             for _ in range(2):
                 try:
                     self._reply(link, b"+")
@@ -653,7 +675,7 @@ class RedisStoreConnector(StoreClient):
         for i in range(0, len(keys), _LOOKUPS_AT_ONCE):
             names = [key.to_string().encode() for key in keys[i : i + _LOOKUPS_AT_ONCE]]
             commands = (self._command(b"EXISTS", name + b"metadata", name + b"kv_bytes") for name in names)
-            link.socket.sendall(b"".join(commands))
+            link.send(b"".join(commands))
             for count in [self._reply(link, b":") for _ in names]:
                 if count != b"2":
                     return present
@@ -662,7 +684,7 @@ class RedisStoreConnector(StoreClient):
 
     def get_one(self, link: _Link, key: CacheEngineKey) -> MemoryObj | None:
         name = key.to_string().encode()
-        link.socket.sendall(self._command(b"GET", name + b"metadata"))
+        link.send(self._command(b"GET", name + b"metadata"))
         length = int(self._reply(link, b"$"))
         if length < 0:
             return None
@@ -699,7 +721,7 @@ class RedisStoreConnector(StoreClient):
             self._command(b"GETRANGE", name, b"%d" % start, b"%d" % (min(start + _REDIS_PIECE, len(target)) - 1))
             for start in starts
         ]
-        link.socket.sendall(b"".join(commands[:_REDIS_PIECES_AHEAD]))
+        link.send(b"".join(commands[:_REDIS_PIECES_AHEAD]))
         whole = True
         for i, start in enumerate(starts):
             part = target[start : start + _REDIS_PIECE]
@@ -709,9 +731,9 @@ class RedisStoreConnector(StoreClient):
             else:
                 whole = False
                 link.skip(length)
-            link.skip(2)
+            link.read_line()  # its end
             if i + _REDIS_PIECES_AHEAD < len(commands):
-                link.socket.sendall(commands[i + _REDIS_PIECES_AHEAD])
+                link.send(commands[i + _REDIS_PIECES_AHEAD])
         return whole
 
 
