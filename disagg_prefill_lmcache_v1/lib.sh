@@ -367,7 +367,7 @@ add_environment() { CHILD_ENV+=("$1=${!1:-$2}"); }
 
 # build_command ROLE: CHILD_CMD and CHILD_ENV of prefiller, decoder, proxy, kv-server, load or model-builder.
 build_command() {
-  local role=$1 name
+  local role=$1 name words
   CHILD_ENV=("PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}" "DISAGG_DEVICE=${S[device]}")
   case $role in
     prefiller | decoder) build_vllm_command "$role" ;;
@@ -386,6 +386,8 @@ build_command() {
             --maxmemory "${REDIS_MAXMEMORY:-${PROFILE[REDIS_MAXMEMORY]}}" --maxmemory-policy allkeys-lru)
           name=$(redis_socket)
           [[ -z $name ]] || CHILD_CMD+=(--unixsocket "$name" --unixsocketperm 700)
+          read -r -a words <<<"${PROFILE[REDIS_ARGS]:-}"
+          CHILD_CMD+=(${words[@]+"${words[@]}"})
           ;;
         shm)
           program KV_SHM_SERVER_PROGRAM
