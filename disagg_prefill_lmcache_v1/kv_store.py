@@ -180,7 +180,7 @@ class _StagedFetch(Fetch):
         self._next = itertools.count()
         self._arrived: queue.SimpleQueue[tuple[int, MemoryObj] | None] = queue.SimpleQueue()
         self._objs: dict[int, MemoryObj] = {}
-        self._closed = False
+        self._closed = self._failed = False
         self._readers = min(client.links, len(keys))
         for _ in range(self._readers):
             client.readers.submit(self._read)
@@ -192,7 +192,9 @@ class _StagedFetch(Fetch):
                 if obj is not None:
                     self._arrived.put((index, obj))
         except Exception as error:
-            logger.warning("Chunks are not loaded: %s", error)
+            if not self._failed:
+                logger.warning("KV is not loaded: %s", error)
+            self._failed = True
         finally:
             self._arrived.put(None)
 
@@ -321,8 +323,8 @@ class StoreClient(RemoteConnector):
 
     # staging memory
 
-    def allocate(self, shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat) -> MemoryObj:
-        """Staging memory for a chunk; waits while others use it all.
+    def allocate(self, shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat, wait: bool = True) -> MemoryObj | None:
+        """Staging memory for a chunk; while others use it all, waits or returns None.
 
         Raises:
             StoreRefused: none became free in time.
@@ -330,7 +332,7 @@ class StoreClient(RemoteConnector):
         deadline = time.monotonic() + 4 * IO_TIMEOUT_S
         while True:
             obj = self.local_cpu_backend.allocate(shape, dtype, fmt, busy_loop=False)
-            if obj is not None:
+            if obj is not None or not wait:
                 return obj
             if time.monotonic() > deadline:
                 raise StoreRefused("no staging memory became free: raise max_local_cpu_size")
@@ -356,18 +358,19 @@ class StoreClient(RemoteConnector):
     def stage(
         self, keys: Sequence[CacheEngineKey], shapes: Sequence[torch.Size], dtype: torch.dtype
     ) -> tuple[list[torch.Tensor | None], list[bool]]:
-        """Memory to write chunks into: a tensor for each key, or None; and whether the store has it already.
+        """Memory to write chunks into: for each key a tensor, or None; and whether the store has the chunk already.
 
-        Waits while all of the memory is on its way. Each tensor must go to :meth:`commit` or :meth:`abandon`.
+        As many as there is memory for now, so perhaps fewer than ``keys``, but at least one: waits while all of the
+        memory is on its way. Each tensor must go to :meth:`commit` or :meth:`abandon`.
+
+        Raises:
+            StoreRefused: no memory became free in time.
         """
         tensors: list[torch.Tensor | None] = []
         for shape in shapes:
-            try:
-                obj = self.allocate(shape, dtype, self.meta_fmt)
-            except StoreRefused as error:
-                logger.warning("A chunk is not stored: %s", error)
-                tensors.append(None)
-                continue
+            obj = self.allocate(shape, dtype, self.meta_fmt, wait=not tensors)
+            if obj is None:
+                break
             self._staged[obj.tensor.data_ptr()] = obj
             tensors.append(obj.tensor)
         return tensors, [False] * len(tensors)
@@ -385,8 +388,9 @@ class StoreClient(RemoteConnector):
             for obj in objs:
                 self.give_back(obj)
 
-    def abandon(self, keys: Sequence[CacheEngineKey], tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
+    def abandon(self, keys: Sequence[CacheEngineKey], tensors: Sequence[torch.Tensor | None]) -> None:
+        """Give staged chunks back unwritten; None is passed over."""
+        for tensor in (tensor for tensor in tensors if tensor is not None):
             self.give_back(self._staged.pop(tensor.data_ptr()))
 
     def fetch(self, keys: Sequence[CacheEngineKey]) -> Fetch:

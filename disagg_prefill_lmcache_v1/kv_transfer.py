@@ -198,6 +198,7 @@ class KVTransfer:
     ) -> None:
         self._engine, self._mover, self._copy, self._store = engine, mover, copy, store
         self._submitted, self._done = submitted, done
+        self._puts_fail = False
         self._putters = ThreadPoolExecutor(store.links, thread_name_prefix="kv-put")
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="kv-release")
         copy.use_memory(store.memory())
@@ -227,36 +228,53 @@ class KVTransfer:
         self._submitted([key for _, _, key in chunks])
         with stats.profile_from_gpu():
             slots = self._copy.begin(kwargs["slot_mapping"])
-            for i in range(0, len(chunks), STAGE_AT_ONCE):
-                self._store_some(chunks[i : i + STAGE_AT_ONCE], slots)
-        stored = sum(end - start for start, end, _ in chunks)
+            left = chunks
+            while left:
+                count = self._store_some(left[:STAGE_AT_ONCE], slots)
+                if not count:  # of no use without those before them
+                    for _, _, key in left:
+                        self._done(key)
+                    break
+                left = left[count:]
+        stored = sum(end - start for start, end, _ in chunks[: len(chunks) - len(left)])
         engine.stats_monitor.on_store_finished(stats, stored)
         logger.info(
             "[req_id=%s] Storing %d of %d tokens; the engine was held %.2f ms",
             kwargs.get("req_id"), stored, len(tokens), stats.time_to_store() * 1000,
         )  # fmt: skip
 
-    def _store_some(self, chunks: list[tuple[int, int, Any]], slots: Any) -> None:
+    def _store_some(self, chunks: list[tuple[int, int, Any]], slots: Any) -> int:
+        """Store as many as there is memory for now; returns how many, 0 if there will be none."""
         keys = [key for _, _, key in chunks]
         try:
             shapes = [self._mover.shape(end - start) for start, end, _ in chunks]
-            tensors, _ = self._store.stage(keys, shapes, self._mover.dtype)
+            tensors, present = self._store.stage(keys, shapes, self._mover.dtype)
         except Exception as error:
             logger.warning("KV is not stored: %s", error)
-            tensors = [None] * len(keys)
-        for (start, end, key), tensor in zip(chunks, tensors, strict=True):
-            if tensor is None:
-                self._done(key)
-            else:
+            return 0
+        count = 0
+        for (start, end, key), tensor, there in zip(chunks, tensors, present, strict=False):
+            if tensor is not None:
                 written = self._copy.gather(tensor, slots, start, end)
                 self._putters.submit(self._put, key, tensor, written)
+            elif there:
+                self._done(key)
+            else:
+                logger.warning("KV is not stored: the store has no room")
+                self._store.abandon(keys[count + 1 :], tensors[count + 1 :])
+                break
+            count += 1
+        return count
 
     def _put(self, key: Any, tensor: torch.Tensor, written: Written) -> None:
         try:
             written.synchronize()
             self._store.commit([key], [tensor])
+            self._puts_fail = False
         except Exception as error:
-            logger.error("A chunk was not stored: %s", error)
+            if not self._puts_fail:  # a dead store is told once, not for every chunk
+                logger.error("KV is not stored: %s", error)
+            self._puts_fail = True
         finally:
             self._done(key)
 

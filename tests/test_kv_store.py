@@ -73,6 +73,9 @@ class Server:
         if self.kind == "lm":
             # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
             command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
+        elif self.kind == "shm":
+            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv_shm_server", "127.0.0.1", str(self.port)]
+            command += ["--size", "64mb"]
         else:
             command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
