@@ -14,7 +14,6 @@ is needed; a client whose staging memory is the store itself (kv_shm.py) saves t
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -54,19 +53,14 @@ class Store(Protocol):
 
 
 class Written(Protocol):
-    """The end of a copy: ``synchronize`` waits for it, ``query`` asks."""
+    """The end of a copy: ``synchronize`` waits for it."""
 
     def synchronize(self) -> Any: ...
-
-    def query(self) -> bool: ...
 
 
 class _Now:
     def synchronize(self) -> None:
         pass
-
-    def query(self) -> bool:
-        return True
 
 
 _NOW = _Now()
@@ -319,39 +313,37 @@ class KVTransfer:
         self, chunks: list[tuple[int, int, Any]], arrived: list[bool], mapping: torch.Tensor, cached: int
     ) -> None:
         slots = self._copy.begin(mapping)
-        reading: collections.deque[tuple[int, Written]] = collections.deque()
         try:
             fetch = self._store.fetch([key for _, _, key in chunks])
         except Exception as error:
             logger.warning("KV is not loaded: %s", error)
             return
+        reading = False
         try:
             for index, tensor in fetch:
                 start, end, _ = chunks[index]
                 first = max(start, cached)
-                if tensor.shape[2] != end - start:
-                    fetch.done(index)
-                    continue
+                whole = tensor.shape[2] == end - start
                 # Blocks that vLLM had cached may be shared with running requests: only later tokens are written.
-                if first < end:
-                    reading.append((index, self._copy.scatter(tensor, first - start, slots, first, end)))
-                else:
+                read: Written = _NOW
+                if whole and first < end:
+                    read = self._copy.scatter(tensor, first - start, slots, first, end)
+                if read is _NOW:
                     fetch.done(index)
-                arrived[index] = True
-                while reading and reading[0][1].query():
-                    fetch.done(reading.popleft()[0])
+                else:  # its memory may be what the next chunk is waiting for
+                    reading = True
+                    self._releaser.submit(self._release, fetch, index, read)
+                arrived[index] = whole
         finally:
-            if all(read.query() for _, read in reading):
-                self._release(fetch, reading)
+            if reading:
+                self._releaser.submit(fetch.close)  # after the chunks: it is one thread
             else:
-                self._releaser.submit(self._release, fetch, reading)
+                fetch.close()
 
     @staticmethod
-    def _release(fetch: Fetch, reading: Iterable[tuple[int, Written]]) -> None:
-        for index, read in reading:
-            read.synchronize()
-            fetch.done(index)
-        fetch.close()
+    def _release(fetch: Fetch, index: int, read: Written) -> None:
+        read.synchronize()
+        fetch.done(index)
 
     def close(self) -> None:
         self._putters.shutdown(wait=False, cancel_futures=True)

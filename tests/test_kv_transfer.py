@@ -233,6 +233,33 @@ def test_a_request_larger_than_the_staging_memory(server, loop):
         other.close()
 
 
+class Later:
+    """A copy whose reads end later, in another order of things, as on a device."""
+
+    def __init__(self, copy):
+        self.copy, self.ended = copy, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.copy, name)
+
+    def scatter(self, *args):
+        self.copy.scatter(*args)
+        return SimpleNamespace(synchronize=self.ended.wait)
+
+
+def test_memory_is_given_back_when_the_device_has_read_it(sides):
+    one, other = sides
+    tokens, here, there = prompt(), some_slots(one.mover), some_slots(other.mover)
+    one.store(tokens, here)
+    other.transfer._copy = copy = Later(kv_transfer.HostCopy(other.mover))
+    in_use = other.client.stats if hasattr(other.client, "stats") else lambda: {"pinned": other.kept()}
+    assert bool(other.load(tokens, there).all())  # does not wait for the device
+    assert in_use()["pinned"] == 4
+    copy.ended.set()
+    other.transfer._releaser.shutdown(wait=True)
+    assert in_use()["pinned"] == 0
+
+
 def test_several_at_once_do_not_mix(sides):
     one, other = sides
     requests = [(prompt(), some_slots(one.mover)) for _ in range(8)]
