@@ -310,6 +310,20 @@ def test_cuda_cards_and_a_shared_one() -> None:
         assert float(words[words.index("--gpu-memory-utilization") + 1]) < 0.5
 
 
+def test_shared_memory() -> None:
+    commands = dry_run("--device", "cpu", "--remote_server", "shm", "--kv-port", "7777")
+    server = commands["kv_server"]["words"]
+    assert server[-5:] == ["disagg_prefill_lmcache_v1.kv_shm_server", "127.0.0.1", "7777", "--size", "2gb"]
+    assert commands["kv_server"]["environment"]["PYTHONPATH"].split(":")[0] == str(kv_sharing.REPOSITORY)
+    for role in ("store", "retrieve"):
+        environment = commands[role]["environment"]
+        assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:7777"
+        assert "LMCACHE_REMOTE_URL" not in environment
+    commands = dry_run("--device", "cpu", "--backend", "shm", DISAGG_REMOTE_URL="shm://127.0.0.1:1")
+    assert "kv_server" not in commands
+    assert commands["store"]["environment"]["DISAGG_SHM_URL"] == "shm://127.0.0.1:1"
+
+
 def test_redis_and_passwords() -> None:
     server = dry_run("--device", "cpu", "--remote_server", "redis", "--kv-port", "7777")["kv_server"]["words"]
     assert server[0] == "redis-server"

@@ -1,4 +1,4 @@
-"""kv_store: our clients against a real LMCache server and a real Redis, started here."""
+"""kv_store: our clients against a real LMCache server, a real Redis and the store in shared memory, started here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import uuid
 import pytest
 import redis
 import torch
-from launch_harness import free_ports, wait_until
+from launch_harness import REPOSITORY, free_ports, wait_until
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
 
@@ -64,8 +64,8 @@ def chunk(staging, tokens=CHUNK):
 class Server:
     """A real store on a port of its own, that can be killed and started again."""
 
-    def __init__(self, kind):
-        self.kind, self.port = kind, free_ports(1)[0]
+    def __init__(self, kind, size="64mb"):
+        self.kind, self.port, self.size = kind, free_ports(1)[0], size
         self.url = f"{kind}://127.0.0.1:{self.port}"
         self.start()
 
@@ -74,11 +74,11 @@ class Server:
             # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
             command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
         elif self.kind == "shm":
-            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv_shm_server", "127.0.0.1", str(self.port)]
-            command += ["--size", "64mb"]
+            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv_shm_server"]
+            command += ["127.0.0.1", str(self.port), "--size", self.size]
         else:
             command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(self.answers, f"{self.kind} store answers")
 
     def answers(self):
@@ -104,7 +104,7 @@ server.main()
 """
 
 
-@pytest.fixture(scope="module", params=["lm", "redis"])
+@pytest.fixture(scope="module", params=["lm", "redis", "shm"])
 def server(request):
     if request.param == "redis" and not shutil.which("redis-server"):
         pytest.skip("redis-server is not installed")
@@ -169,6 +169,8 @@ def test_counts_present_chunks_from_the_first(client):
 
 
 def test_stock_lmcache_reads_what_we_write_and_we_read_what_it_writes(client, server):
+    if server.kind == "shm":
+        pytest.skip("a stock LMCache uses our client")
     if server.kind == "lm":
         stock = LMCServerConnector("127.0.0.1", server.port, client.loop, client.staging)
     else:
@@ -255,6 +257,8 @@ def test_unreachable_store_is_refused_at_once_without_its_password(loop):
     port = free_ports(1)[0]
     with pytest.raises(kv_store.StoreUnavailable, match=f"lm://127.0.0.1:{port}"):
         kv_store.connect(f"lm://127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(kv_store.StoreUnavailable, match=f"shm://127.0.0.1:{port}"):
+        kv_store.connect(f"shm://127.0.0.1:{port}", loop, Staging())
     with pytest.raises(kv_store.StoreUnavailable) as error:
         kv_store.connect(f"redis://:geheim@127.0.0.1:{port}", loop, Staging())
     assert "geheim" not in str(error.value)

@@ -159,6 +159,30 @@ def test_redis_is_started_without_persistence(launch: Launch) -> None:
     assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-redis.yaml")
 
 
+@pytest.mark.parametrize(("device", "size"), [("cpu", "2gb"), ("hpu", "16gb"), ("cuda", "16gb")])
+def test_shared_memory_is_sized_by_the_device(launch: Launch, device: str, size: str) -> None:
+    python = launch.environment["DISAGG_PYTHON"]
+    server = [python, "-m", "disagg_prefill_lmcache_v1.kv_shm_server", "127.0.0.1"]
+    commands = dry_run(launch, "--device", device, "--backend", "shm", LMCACHE_REMOTE_URL="lm://somewhere:1")
+    assert commands["kv-server"][1] == [*server, "8400", "--size", size]
+    for role in ("prefiller", "decoder"):
+        environment = commands[role][0]
+        assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:8400"
+        assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-shm.yaml")
+        assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
+    assert option(commands["load"][1], "--backend") == "shm"
+    commands = dry_run(launch, "--device", device, "--backend=shm", "--kv-port=77", KV_SHM_SIZE="512MB")
+    assert commands["kv-server"][1] == [*server, "77", "--size", "512MB"]
+    assert commands["decoder"][0]["DISAGG_SHM_URL"] == "shm://127.0.0.1:77"
+
+
+@pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
+def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=shm", KV_SHM_SIZE=size)
+    assert done.returncode == 2
+    assert f"KV_SHM_SIZE '{size}': allowed: a whole number and a unit, as in 512mb or 2gb" in done.stderr
+
+
 @pytest.mark.parametrize("url", ["redis://:s3cret@db:1/0", "rediss://me:s3cret@db:1", "redis://db:1/0?password=s3cret"])
 def test_a_password_is_never_printed(launch: Launch, url: str) -> None:
     done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=redis", f"--redis-url={url}")

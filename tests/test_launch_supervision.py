@@ -287,6 +287,21 @@ def test_redis_backend(launch: Launch, flags: tuple[str, ...]) -> None:
     assert launch.has_record(f"redis-{launch.ports['kv']}") == (not flags)
 
 
+@pytest.mark.parametrize(("size", "status"), [("8mb", 0), ("900000gb", 1)])
+def test_shm_backend(launch: Launch, size: str, status: int) -> None:
+    """With the real server: it ends with the stack, and its reason not to start is shown."""
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=shm"), KV_SHM_SIZE=size, LMCACHE_REMOTE_URL="lm://other:1")
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "kv_shm_server: --size 900000gb: " in done.stderr
+        assert "MiB of memory are available" in done.stderr
+        return
+    for role in ("prefiller", "decoder"):
+        environment = launch.record(record_name(launch, role))["env"]
+        assert environment["DISAGG_SHM_URL"] == f"shm://127.0.0.1:{launch.ports['kv']}"
+        assert "LMCACHE_REMOTE_URL" not in environment
+
+
 @pytest.mark.parametrize("role", ["prefiller", "decoder", "proxy", "kv-server"])
 def test_the_launcher_runs_one_server_in_the_foreground(launch: Launch, role: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as store:

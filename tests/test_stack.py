@@ -1,4 +1,4 @@
-"""The example on real parts: vLLM servers on the CPU, a real LMCache server, a real Redis, the proxy.
+"""The example on real parts: vLLM servers on the CPU, each KV store, the proxy.
 
 Every answer is compared with one plain vLLM server without any connector, token for token, in float32.
 Takes about 10 minutes on 2 cores: python -m pytest tests/test_stack.py
@@ -246,7 +246,7 @@ def left_running(folder: Path) -> list[str]:
     ("script", "backend"),
     [
         ("disagg_example_gaudi_lm.sh", "lm"),
-        ("disagg_example_gaudi_lm_tp2.sh", "lm"),
+        ("disagg_example_gaudi_lm_tp2.sh", "shm"),
         ("disagg_example_gaudi_lm_tp2.sh", "redis"),
     ],
 )
