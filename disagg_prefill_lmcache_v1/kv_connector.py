@@ -43,6 +43,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1 import kv_store, kv_transfer
 from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_shm import ShmStoreConnector
 from disagg_prefill_lmcache_v1.kv_visibility import Announcer, wait_timeout_s
 
 if TYPE_CHECKING:
@@ -333,6 +334,9 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
 
     @staticmethod
     def _replace_store_client(backend: RemoteBackend) -> kv_store.StoreClient | None:
+        ours = backend.connection.getWrappedConnector() if backend.connection is not None else None
+        if isinstance(ours, ShmStoreConnector):
+            return ours  # LMCache has made it, through its plugin seam
         client = kv_store.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
         if client is None:
             if backend.connection is None:

@@ -463,7 +463,13 @@ class ShmStoreConnector(RemoteConnector):
         return count == len(keys) or not busy
 
     async def put(self, key: CacheEngineKey, memory_obj: MemoryObj) -> None:
+        """As batched_put, but what is there is replaced: LMCache's check of a store that had failed depends on it."""
+        await self._run(self.remove_sync, key)
         await self.batched_put([key], [memory_obj])
+
+    def remove_sync(self, key: CacheEngineKey) -> bool:
+        """Whether the chunk was there and is gone; one that is being read or written stays."""
+        return self._ask("remove", _names([key])) == 1
 
     def support_batched_contains(self) -> bool:
         return True

@@ -16,6 +16,7 @@ MessagePack array. One request, one answer; every request but ``hello``, ``ping`
     ["exists", [key, ...]]                  -> [how many from the first are there, is the next being written]
     ["pin", [key, ...]]                     -> per key: [offset, bytes, meta] or nothing
     ["release", [key, ...]]                 -> nothing
+    ["remove", [key, ...]]                  -> how many are gone: none that is being written or read
     ["ping"]                                -> nothing
     ["stats"]                               -> {entries, reserved, pinned, bytes, size, evictions}
 
@@ -242,6 +243,13 @@ class Index:
         if not entry.pins:
             self._evictable[key] = entry
 
+    def remove(self, client: Client, keys: Sequence[str]) -> int:
+        """Forget chunks that nobody is reading or writing; returns how many."""
+        found = [(key, self._evictable.pop(key)) for key in keys if key in self._evictable]
+        for key, entry in found:
+            self._free(key, entry)
+        return len(found)
+
     def drop(self, client: Client) -> None:
         """The client is gone: what it was writing is freed, what it was reading may be dropped."""
         self.abort(client, list(client.reserved))
@@ -392,7 +400,7 @@ class Server:
     def _run(self, client: Client, operation: str, keys: Any = None) -> Any:
         if operation == "exists":
             return self.index.exists(_names(keys))
-        if operation in ("commit", "abort", "pin", "release"):
+        if operation in ("commit", "abort", "pin", "release", "remove"):
             return getattr(self.index, operation)(client, _names(keys))
         if operation == "reserve":
             return self.index.reserve(client, msgspec.convert(keys, list[tuple[str, int, Any]]))

@@ -25,6 +25,7 @@ pytest.importorskip("lmcache", reason="LMCache is not installed: its formats and
 
 from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.event_manager import EventManager
+from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendHealthCheck
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from lmcache.v1.storage_backend.storage_manager import StorageManager
@@ -232,10 +233,10 @@ def values(client, keys):
 def test_staged_chunks_are_seen_when_they_are_committed(client, server, loop):  # noqa: F811
     other = Client(server, loop)
     keys = some_keys(3)
-    tensors, there = client.connector.stage(keys, [SHAPE, SHAPE, torch.Size((2, LAYERS, 5, 32))], torch.float32)
+    tensors, there = client.connector.stage(keys, [SHAPE, torch.Size((2, LAYERS, 5, 32)), SHAPE], torch.float32)
     assert there == [False] * 3
     ((start, size),) = client.connector.memory()
-    for tensor, tokens in zip(tensors, (CHUNK, CHUNK, 5), strict=True):
+    for tensor, tokens in zip(tensors, (CHUNK, 5, CHUNK), strict=True):
         assert tensor.shape == (2, LAYERS, tokens, 32)
         assert start <= tensor.data_ptr() <= start + size - tensor.nbytes
         assert tensor.data_ptr() % ALIGNMENT == 0
@@ -245,9 +246,9 @@ def test_staged_chunks_are_seen_when_they_are_committed(client, server, loop):  
     assert (again, there) == ([None], [True]), "nobody writes it twice"
     client.connector.commit(keys, tensors)
     assert other.connector.count_present(keys) == 3
-    assert values(other, keys) == [CHUNK, CHUNK, 5]
+    assert values(other, keys) == [CHUNK, 5, CHUNK]
     got = other.get(keys)
-    assert [obj.tensor.shape[2] for obj in got] == [CHUNK, CHUNK, 5]
+    assert [obj.tensor.shape[2] for obj in got] == [CHUNK, 5, CHUNK]
     assert other.connector.stage(keys[:1], [SHAPE], torch.float32) == ([None], [True])
     other(other.connector.close())
 
@@ -282,31 +283,52 @@ def test_a_full_store_drops_the_oldest_and_tells_where_it_cannot(client):
     assert client.connector.stats()["bytes"] <= SIZE
 
 
-def test_lmcaches_put_waits_for_another_writer_of_the_same_chunk(client, server, loop):  # noqa: F811
+def test_lmcaches_put_waits_for_another_writer_of_the_same_chunk(client, server, loop, monkeypatch):  # noqa: F811
     other = Client(server, loop)
-    name = key(uuid.uuid4())
-    tensors, _ = other.connector.stage([name], [SHAPE], torch.float32)
-    putting = asyncio.run_coroutine_threadsafe(client.connector.batched_put([name], [chunk(client.staging)]), loop)
-    looking = asyncio.run_coroutine_threadsafe(client.connector.batched_async_contains("", [name]), loop)
-    time.sleep(0.05)
-    assert not putting.done()
-    assert not looking.done()
-    assert client.connector.count_present([name]) == 0, "this one does not wait"
-    tensors[0].fill_(7)
-    other.connector.commit([name], tensors)
-    putting.result(5)
-    assert looking.result(5) == 1
-    assert values(client, [name]) == [7.0]
+    asked = []
+    exists = client.connector._exists
+    monkeypatch.setattr(client.connector, "_exists", lambda keys: asked.append(1) or exists(keys))
+
+    def begin(coroutine):
+        """A call that waits for another client: until it has asked for the third time whether that one has ended."""
+        asked.clear()
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        wait_until(lambda: len(asked) > 2, "it waits", 5)
+        assert not future.done()
+        return future
+
+    def staged():
+        name = key(uuid.uuid4())
+        return [name], other.connector.stage([name], [SHAPE], torch.float32)[0]
+
+    connector = client.connector
+    for call, wanted in ((connector.batched_put, None), (connector.batched_async_contains, 1)):
+        name, tensors = staged()
+        call = call(name, [chunk(client.staging)]) if wanted is None else call("", name)
+        future = begin(call)
+        assert client.connector.count_present(name) == 0, "this one does not wait"
+        tensors[0].fill_(7)
+        other.connector.commit(name, tensors)
+        assert future.result(20) == wanted
+        assert values(client, name) == [7.0]
     # a writer that gives up leaves it to the one that waits
-    name = key(uuid.uuid4())
-    tensors, _ = other.connector.stage([name], [SHAPE], torch.float32)
+    name, tensors = staged()
     mine = chunk(client.staging)
-    putting = asyncio.run_coroutine_threadsafe(client.connector.batched_put([name], [mine]), loop)
-    time.sleep(0.05)
-    other.connector.abandon([name], tensors)
-    putting.result(5)
-    assert torch.equal(client.get([name])[0].tensor, mine.tensor)
+    future = begin(connector.batched_put(name, [mine]))
+    other.connector.abandon(name, tensors)
+    future.result(20)
+    assert torch.equal(client.get(name)[0].tensor, mine.tensor)
     other(other.connector.close())
+
+
+def test_a_chunk_is_removed_unless_somebody_uses_it(client):
+    keys = some_keys(3)
+    store(client, keys[:2])
+    client.connector.stage(keys[2:], [SHAPE], torch.float32)
+    with client.connector.fetch(keys[:1]):
+        assert [client.connector.remove_sync(name) for name in keys] == [False, True, False]
+    assert [client.connector.exists_sync(name) for name in keys[:2]] == [True, False]
+    assert client.connector.stats()["bytes"] == 2 * CHUNK_BYTES
 
 
 def test_foreign_chunks_are_not_fetched(client, server, loop):  # noqa: F811
@@ -539,6 +561,7 @@ def test_readers_and_writers_of_several_processes_under_eviction(client, server,
 
 
 def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
+    kv_connector = pytest.importorskip("disagg_prefill_lmcache_v1.kv_connector", exc_type=ImportError)
     monkeypatch.setenv(kv_shm.URL_VARIABLE, server.url)
     config = LMCacheEngineConfig.from_file(str(PACKAGE / "configs/lmcache-config-shm.yaml"))
     config.chunk_size, config.max_local_cpu_size = CHUNK, 0.01
@@ -547,6 +570,9 @@ def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
         backends = [each for each in manager.storage_backends.values() if isinstance(each, RemoteBackend)]
         assert len(backends) == 1
         assert isinstance(backends[0].connection.getWrappedConnector(), kv_shm.ShmStoreConnector)
+        connection = backends[0].connection
+        kv_connector.LMCacheDisaggConnectorV1._replace_store_client(backends[0])
+        assert backends[0].connection is connection, "a check of its health may be on its way"
     keys = some_keys(3)
     objs = [managers[0].allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD) for _ in keys]
     wanted = []
@@ -557,6 +583,21 @@ def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
     wait_until(lambda: managers[1].batched_contains(keys)[0] == 3, "stored", 10)
     got = managers[1].batched_get(keys, "RemoteBackend-shm")
     assert all(torch.equal(obj.tensor, tensor) for obj, tensor in zip(got, wanted, strict=True))
+
+
+def test_lmcaches_check_of_a_recovered_store_passes_every_time(server, monkeypatch, autorelease):
+    """It puts other bytes under the same key each time, and goes on without the store until it reads them back."""
+    monkeypatch.setenv(kv_shm.URL_VARIABLE, server.url)
+    config = LMCacheEngineConfig.from_file(str(PACKAGE / "configs/lmcache-config-shm.yaml"))
+    config.chunk_size, config.max_local_cpu_size = CHUNK, 0.01
+    manager = autorelease(StorageManager(config, Staging().metadata, EventManager()))
+    check = RemoteBackendHealthCheck(manager.storage_backends["RemoteBackend-shm"])
+    for i in range(3):
+        dirt = manager.allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD)
+        dirt.tensor.fill_(i)
+        dirt.ref_count_down()
+        assert check._put_and_get_check()
+        assert check.check()
 
 
 @pytest.fixture
