@@ -414,6 +414,23 @@ def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, serv
     other(other.connector.close())
 
 
+def test_a_late_answer_is_never_taken_for_another_one(client, server, monkeypatch):
+    session = client.connector._session
+    name = some_keys(1)
+    store(client, name)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        session._socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            session.ask("exists", [name[0].to_string()])
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    session._socket.settimeout(5)
+    with pytest.raises(ConnectionResetError):  # [1, False] was the other one's
+        session.ask("pin", ["unknown"])
+    assert client.connector.count_present(name) == 1, "on a new connection"
+
+
 @pytest.mark.parametrize("lie", [{"inode": 1}, {"pid": 1 << 22}, {"fd": 1 << 20}, {"size": 1 << 30}], ids=str)
 def test_memory_that_is_not_the_servers_is_not_mapped(loop, lie):  # noqa: F811
     """A server on another machine, or in another container: its process number means nothing here."""
