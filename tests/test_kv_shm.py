@@ -354,11 +354,12 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
     staged = some_keys(1)
     tensors, _ = client.connector.stage(staged, [SHAPE], torch.float32)
     with client.connector.fetch(keys) as chunks:
-        i, first = next(chunks)
+        arriving = iter(chunks)
+        i, first = next(arriving)
         server.stop()
         with pytest.raises(kv_store.StoreUnavailable):
             client.connector.count_present(keys)
-        rest = dict(chunks)
+        rest = dict(arriving)
         for tensor in (first, *rest.values()):
             assert torch.equal(tensor, torch.full(SHAPE, 5.0))
         assert i not in rest
@@ -391,7 +392,7 @@ def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, serv
     store(client, read, 1.0)
     tensors, _ = client.connector.stage(written, [SHAPE], torch.float32)
     with client.connector.fetch(read) as chunks:
-        _, reading = next(chunks)
+        _, reading = next(iter(chunks))
         monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 0.2)
         client.connector._session._socket.settimeout(0.2)
         os.kill(server.process.pid, signal.SIGSTOP)
