@@ -42,7 +42,9 @@ DEFAULT_TIMEOUT_S = 10.0
 
 # vLLM puts one of these before the X-Request-Id of a request (completions, chat and messages, responses)
 _ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
-_GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+_GENERATING = frozenset(
+    ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages")
+)
 _RECEIVE_BUFFER = 4 << 20  # bytes; a datagram is about 150
 _SEND_TIMEOUT_S = 5.0
 _ANNOUNCE_TIMEOUT_S = 1.0
@@ -165,7 +167,11 @@ class Visibility:
 
 
 class Listener:
-    """Reads the datagrams and hands each to the HTTP requests whose X-Request-Id it carries."""
+    """Reads the datagrams and hands each to the HTTP request whose id it carries.
+
+    That is the X-Request-Id, or, on /v1/responses, an id that the client chose in the body or vLLM made up. vLLM leaves
+    it in the state of the HTTP request before it hands the request to the engine.
+    """
 
     def __init__(self, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -173,14 +179,19 @@ class Listener:
         self._socket.setblocking(False)
         self._socket.bind(_address(name))
         self._waiting: dict[str, list[Visibility]] = {}
+        self._states: dict[Visibility, MutableMapping[str, Any]] = {}
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.drain)
 
-    def watch(self, token: str) -> Visibility:
+    def watch(self, token: str, state: MutableMapping[str, Any] | None = None) -> Visibility:
+        """What will be said about the request with this X-Request-Id and this ASGI state."""
         visibility = Visibility()
+        if state is not None:
+            self._states[visibility] = state
         self._waiting.setdefault(token, []).append(visibility)
         return visibility
 
     def forget(self, token: str, visibility: Visibility) -> None:
+        self._states.pop(visibility, None)
         waiting = self._waiting.get(token, [])
         if visibility in waiting:
             waiting.remove(visibility)
@@ -188,7 +199,20 @@ class Listener:
             self._waiting.pop(token, None)
 
     def find(self, request_id: str) -> list[Visibility]:
-        """The watchers of an engine request: its id is a prefix, the X-Request-Id and suffixes after "-" or "_"."""
+        """The watchers of an engine request: its id is a prefix, the request's id and suffixes after "-" or "_"."""
+        if found := self._find_token(request_id):
+            return found
+        best, found = 0, []
+        for visibility, state in self._states.items():
+            name = getattr(state.get("request_metadata"), "request_id", "")
+            if name and request_id.startswith(name) and request_id[len(name) : len(name) + 1] in ("", "-", "_"):
+                if len(name) > best:
+                    best, found = len(name), []
+                if len(name) == best:
+                    found.append(visibility)
+        return found
+
+    def _find_token(self, request_id: str) -> list[Visibility]:
         for prefix in _ID_PREFIXES:
             if request_id.startswith(prefix):
                 request_id = request_id[len(prefix) :]
@@ -234,7 +258,7 @@ class HoldUntilVisible:
         self._listener: Listener | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if not self._name or scope["type"] != "http" or not scope["path"].startswith(_GENERATING):
+        if not self._name or scope["type"] != "http" or scope["path"] not in _GENERATING:
             await self._app(scope, receive, send)
             return
         if (b"x-kv-hold", b"off") in scope["headers"]:
@@ -247,7 +271,7 @@ class HoldUntilVisible:
             token = uuid.uuid4().hex
             headers = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
             scope = {**scope, "headers": [*headers, (b"x-request-id", token.encode())]}
-        visibility = self._listener.watch(token)
+        visibility = self._listener.watch(token, scope.setdefault("state", {}))
         hold = _Hold(send, self._listener, visibility, self._timeout_s)
         try:
             await self._app(scope, receive, hold.send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import types
 import uuid
 
 import pytest
@@ -15,8 +16,9 @@ from disagg_prefill_lmcache_v1.kv_visibility import Announcer, HoldUntilVisible
 class FakeEngine:
     """An ASGI app that answers as vLLM does and announces as the connector does, step by step."""
 
-    def __init__(self, name, *, status=200, streamed=False, ids=("cmpl-{id}-0-1a2b3c4d",), begin=True):
+    def __init__(self, name, *, status=200, streamed=False, ids=("cmpl-{id}-0-1a2b3c4d",), begin=True, own_id=""):
         self.announcer = Announcer(name)
+        self.own_id = own_id  # of the request, where vLLM does not take the header's
         self.status, self.streamed, self.ids, self.begin = status, streamed, ids, begin
         self.seen_id = ""
         self.answered = asyncio.Event()
@@ -27,6 +29,8 @@ class FakeEngine:
 
     async def __call__(self, scope, receive, send):
         self.seen_id = dict(scope["headers"])[b"x-request-id"].decode()
+        if self.own_id:
+            scope["state"]["request_metadata"] = types.SimpleNamespace(request_id=self.own_id)
         if self.begin:
             for text in self.ids:
                 self.announcer.begin(text.format(id=self.seen_id))
@@ -226,6 +230,40 @@ def test_engine_ids_of_all_routes_are_found(name, request_id):
         assert listener.find(request_id) == [watch]
         assert listener.find(request_id.replace("abc", "abcd")) == []
         listener.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("own_id", ["resp_0f0f", "chosen_by-the-client", "abc-d"])
+def test_responses_have_an_id_that_is_not_in_the_header(name, own_id):
+    async def scenario():
+        engine = FakeEngine(name, ids=(own_id + "_0-1a2b3c4d",), own_id=own_id)
+        other = FakeEngine(name, ids=(own_id + "x_0-1a2b3c4d",), own_id=own_id + "x")
+        middleware = HoldUntilVisible(engine)
+        call = Call(middleware, path="/v1/responses", headers=())
+        await engine.answered.wait()
+        middleware._app = other
+        second = Call(middleware, path="/v1/responses", headers=())
+        assert await held(second, other)
+        other.end(0, 1, "failed", "x")
+        await second.task
+        assert await held(call, engine)
+        engine.end(0, 1, "stored")
+        await call.task
+        assert (call.headers["x-kv-state"], second.headers["x-kv-state"]) == ("stored", "failed")
+        assert float(call.headers["x-kv-wait-ms"]) < 500
+        assert middleware._listener._states == {}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/completions/render", "/v1/responses/resp_1/cancel"])
+def test_routes_that_generate_nothing_are_not_held(name, path):
+    async def scenario():
+        call = Call(HoldUntilVisible(FakeEngine(name, begin=False)), path=path)
+        await call.task
+        assert call.body == b"onetwo"
+        assert "x-kv-state" not in call.headers
 
     run(scenario())
 
