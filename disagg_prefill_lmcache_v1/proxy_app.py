@@ -185,7 +185,10 @@ class StreamRelay:
             if self._held or data[-4:] != b"\n\n\r\n":
                 return False
             self._count(data)
-        self._write(data)
+        try:  # noqa: SIM105 (this is the path of every token)
+            self._write(data)
+        except RuntimeError:
+            pass  # the connection has ended, which it will tell next
         self._job.sent += len(data)
         return True
 
@@ -363,6 +366,8 @@ class Proxy:
             if length and int(length) > limit:
                 raise BodyTooLong
             body = await client.body(limit, settings.client_timeout_s)
+            if client.gone:  # a cancellation is forgotten by wait_for() when it comes together with the body
+                raise asyncio.CancelledError
             common = b"".join(lines)
             if generating:
                 await self._generate(client, job, target, common, content_type, body)

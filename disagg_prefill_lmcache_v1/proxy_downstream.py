@@ -266,7 +266,7 @@ class ClientRequest:
             return body
         if cycle.more_body:
             if cycle.waiting_for_100_continue:
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 cycle.waiting_for_100_continue = False
             while cycle.more_body and cycle.size <= limit:
                 cycle.message_event.clear()
@@ -275,7 +275,8 @@ class ClientRequest:
                 except (TimeoutError, asyncio.TimeoutError):
                     raise BodyTooSlow from None
         if cycle.size > limit:
-            self._protocol.flow.pause_reading()
+            if not self.transport.is_closing():
+                self._protocol.flow.pause_reading()
             raise BodyTooLong
         parts, cycle.parts = cycle.parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -308,7 +309,7 @@ class ClientRequest:
 
     def answer(self, status: int, lines: list[bytes], body: bytes, length: int | None = None) -> None:
         """Whole answer in one write. ``lines`` are header lines with their line ends."""
-        if self.gone:
+        if self.gone or self.transport.is_closing():
             return
         cycle = self._cycle
         cycle.response_started = self.started = True
@@ -347,22 +348,24 @@ class ClientRequest:
         if not cycle.keep_alive:
             head.append(b"connection: close\r\n")
         head.append(b"\r\n")
-        self.transport.write(b"".join(head))
+        self._write(b"".join(head))
         return self._chunked
+
+    def _write(self, data: bytes) -> None:
+        # Between its end and connection_lost() a connection takes no more bytes: uvloop raises then.
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def send(self, data: bytes) -> None:
         """Part of the body of a streamed answer."""
-        if self._chunked:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        else:
-            self.transport.write(data)
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def end(self) -> None:
         """The streamed answer is complete."""
         if self.gone:
             return
         if self._chunked:
-            self.transport.write(b"0\r\n\r\n")
+            self._write(b"0\r\n\r\n")
         self._complete()
 
     def cut(self, last_words: bytes = b"", at_once: bool = False) -> None:
@@ -388,7 +391,8 @@ class ClientRequest:
         self._detach()
         if not cycle.keep_alive:
             if cycle.more_body:
-                self._protocol.flow.resume_reading()
+                if not self.transport.is_closing():
+                    self._protocol.flow.resume_reading()
                 self._protocol.loop.call_later(_LINGER_S, self.transport.close)
             else:
                 self.transport.close()

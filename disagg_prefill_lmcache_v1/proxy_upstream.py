@@ -253,7 +253,7 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading until resume()."""
-        if not self.paused and self._state not in (_CLOSED, _IDLE):
+        if not self.paused and self._state not in (_CLOSED, _IDLE) and not self.transport.is_closing():
             self.paused = True
             self.transport.pause_reading()
 
@@ -489,6 +489,12 @@ class Connection(asyncio.Protocol):
         self.idle_since = now
 
 
+def _drop_connection(task: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:
+    """Close what a connection attempt made although nobody waits for it any more."""
+    if not task.cancelled() and task.exception() is None:
+        task.result()[1].abort()
+
+
 class Client:
     """Keep-alive pool to one server. Belongs to the event loop that runs when it is made."""
 
@@ -524,20 +530,26 @@ class Client:
         while True:
             if connection is None:
                 connection = await self._connect()
+                if not connection.is_idle():
+                    raise UpstreamError("lost", "connection lost as soon as it was made")
+            answer = connection.exchange(
+                request,
+                no_body=no_body,
+                buffer_limit=buffer_limit,
+                head_timeout=head_timeout,
+                idle_timeout=idle_timeout,
+            )
+            response = connection.response
             try:
-                return await connection.exchange(
-                    request,
-                    no_body=no_body,
-                    buffer_limit=buffer_limit,
-                    head_timeout=head_timeout,
-                    idle_timeout=idle_timeout,
-                )
+                return await answer
             except UpstreamError as error:
                 if not reused or error.kind != "lost" or connection.got_bytes:
                     raise
                 connection, reused = None, False
             except asyncio.CancelledError:
-                connection.abort()
+                # With the answer complete, the connection may already serve somebody else.
+                if not response.complete:
+                    connection.abort()
                 raise
 
     def _take_idle(self) -> Connection | None:
@@ -555,22 +567,27 @@ class Client:
 
     async def _connect(self) -> Connection:
         address = self.address
-        try:
-            _, connection = await asyncio.wait_for(
-                self.loop.create_connection(
-                    lambda: Connection(self),
-                    address.host,
-                    address.port,
-                    ssl=self._ssl,
-                    server_hostname=address.host if self._ssl else None,
-                ),
-                self.connect_timeout_s,
+        # Not wait_for(): until Python 3.12 it forgets a cancellation that comes together with the connection.
+        task = self.loop.create_task(
+            self.loop.create_connection(
+                lambda: Connection(self),
+                address.host,
+                address.port,
+                ssl=self._ssl,
+                server_hostname=address.host if self._ssl else None,
             )
-        except (TimeoutError, asyncio.TimeoutError):
-            raise UpstreamError("refused", f"no connection within {self.connect_timeout_s:g} s") from None
+        )
+        try:
+            await asyncio.wait((task,), timeout=self.connect_timeout_s)
+            if not task.done():
+                raise UpstreamError("refused", f"no connection within {self.connect_timeout_s:g} s")
+            return task.result()[1]
         except (OSError, ssl.SSLError) as error:
             raise UpstreamError("refused", f"connection refused: {error}") from None
-        return connection
+        except (UpstreamError, asyncio.CancelledError):
+            task.cancel()
+            task.add_done_callback(_drop_connection)
+            raise
 
     def release(self, connection: Connection, keep_alive: bool) -> None:
         """Called by a connection whose answer is complete."""

@@ -11,12 +11,15 @@ import ssl
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from proxy_harness import DEADLINE_S, MockThread, ProxyProcess, Stack, dead_port, stack, wait_until
+
+from disagg_prefill_lmcache_v1.proxy_downstream import ClientRequest
 
 JSON = {"content-type": "application/json"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -344,6 +347,26 @@ def test_hang_up_reaches_the_server(plain: Stack, mock: str, stage: str, stream:
     assert time.perf_counter() - begin < HANG_UP_S
     wait_until(lambda: state.running == 0, "the mock is free")
     assert plain.proxy.access_line("gone")["outcome"] == "client_gone"
+
+
+def test_a_connection_that_ended_takes_no_answer() -> None:
+    """Between its end and connection_lost() uvloop's transport raises; the end of the client is no error."""
+
+    class Ended:
+        def is_closing(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+        writelines = write
+
+    protocol = types.SimpleNamespace(transport=Ended(), request=None, flow=types.SimpleNamespace(write_paused=False))
+    cycle = types.SimpleNamespace(disconnected=False, response_started=False, keep_alive=True, version="1.1")
+    client = ClientRequest(protocol, cycle, False)  # type: ignore[arg-type]
+    client.answer(200, [], b"body")
+    assert client.begin(200, []) is True
+    client.send(b"part")
 
 
 def test_slow_readers_bound_memory(plain: Stack) -> None:

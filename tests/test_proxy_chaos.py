@@ -128,6 +128,7 @@ def test_chaos() -> None:
         grown = proxy.resident_bytes() - memory
         assert grown < max(0.1 * memory, 8_000_000), f"memory grew by {grown} bytes from {memory}"
         assert asyncio.run(load(proxy.port, 100, 3, None))["ok"] > 80
+        assert proxy.messages[1:] == [], "something failed inside the proxy"
     finally:
         if proxy is not None:
             proxy.stop(signal.SIGKILL)

@@ -349,6 +349,80 @@ def test_a_new_connection_that_closes_is_an_error() -> None:
     with_server(handler, use)
 
 
+def test_a_connection_that_ends_before_it_is_used_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def use(client: Client) -> None:
+        connect = client._connect
+
+        async def connect_and_lose() -> Connection:
+            connection = await connect()
+            connection.transport.abort()
+            await asyncio.sleep(0.01)
+            return connection
+
+        monkeypatch.setattr(client, "_connect", connect_and_lose)
+        with pytest.raises(UpstreamError) as caught:
+            await asyncio.wait_for(client.request(REQUEST), 1)
+        assert caught.value.kind == "lost"
+        assert not client.active
+
+    with_server(handler, use)
+
+
+def test_cancelled_after_its_answer_a_request_leaves_the_connection_to_the_next_one() -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for number in (1, 2):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK + b"content-length: 1\r\n\r\n%d" % number)
+        await reader.read()
+        writer.close()
+
+    async def use(client: Client) -> None:
+        release, following = client.release, []
+
+        def release_to_the_next(connection: Connection, keep_alive: bool) -> None:
+            release(connection, keep_alive)
+            if not following:
+                following.append(asyncio.create_task(client.request(REQUEST)))
+                first.cancel()
+
+        client.release = release_to_the_next  # type: ignore[method-assign]
+        first = asyncio.create_task(client.request(REQUEST))
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await asyncio.wait_for(following[0], 1)).body == b"2"
+
+    with_server(handler, use)
+
+
+def test_a_cancellation_that_comes_with_the_connection_counts() -> None:
+    heard = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read())
+        writer.close()
+
+    async def use(client: Client) -> None:
+        create = client.loop.create_connection
+
+        async def create_and_cancel(*args: Any, **kwargs: Any) -> Any:
+            made = await create(*args, **kwargs)
+            task.cancel()  # the waiting request has not run yet
+            return made
+
+        client.loop.create_connection = create_and_cancel  # type: ignore[method-assign]
+        task = asyncio.create_task(client.request(REQUEST))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while not heard:
+            await asyncio.sleep(0.001)
+        assert heard == [b""]
+
+    with_server(handler, use)
+
+
 def test_cancelling_closes_the_connection_at_once() -> None:
     closed = asyncio.Event()
 
