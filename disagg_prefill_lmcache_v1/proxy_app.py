@@ -42,6 +42,7 @@ _KV_STATES = {b"stored": "stored", b"timeout": "timeout", b"failed": "failed", b
 _HELD_EVENT = 1 << 20  # longest part of an unfinished event that waits for its end
 
 _prompt_tokens = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,15})').search
+_created_tokens = re.compile(rb'"cache_creation_input_tokens"\s*:\s*(\d{1,15})').search
 _cached_tokens = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,15})').search
 _PREFLIGHT = (
     b"access-control-allow-methods: GET, POST, PUT, DELETE, OPTIONS, HEAD\r\n"
@@ -688,9 +689,13 @@ class Proxy:
         found = _prompt_tokens(text, max(text.rfind(b'"usage"'), 0))
         if found is None:
             return
-        prompt = job.prompt_tokens = int(found[1])
-        found = _cached_tokens(text, found.start())
+        start, prompt = found.start(), int(found[1])
+        found = _cached_tokens(text, start)
         reused = job.cached_tokens = int(found[1]) if found else 0
+        if job.path == "/v1/messages":  # there input_tokens leaves out what came from a cache or went into one
+            found = _created_tokens(text, start)
+            prompt += reused + (int(found[1]) if found else 0)
+        job.prompt_tokens = prompt
         values = self.metrics.values
         reports, prompts, reuses, full = self._usage_indexes
         values[reports] += 1.0

@@ -207,7 +207,7 @@ class MockProtocol(asyncio.Protocol):
         options = request.get("stream_options")
         last = []
         if isinstance(options, dict) and options.get("include_usage"):
-            last.append(json.dumps({"choices": [], "usage": _usage(request)}))
+            last.append(json.dumps({"choices": [], "usage": _usage(path, request)}))
         last.append("[DONE]")
         for number in range(count + len(last)):
             if number == cut:
@@ -235,9 +235,12 @@ class MockProtocol(asyncio.Protocol):
                 await asyncio.sleep(0)
 
 
-def _usage(request: dict[str, object]) -> dict[str, object]:
+def _usage(path: str, request: dict[str, object]) -> dict[str, object]:
     prompt = request.get("prompt")
     tokens = len(prompt) if isinstance(prompt, (str, list)) else 10
+    if path == "/v1/messages":
+        return {"input_tokens": 1, "output_tokens": 5, "cache_creation_input_tokens": 2,
+                "cache_read_input_tokens": tokens - 3}  # fmt: skip
     return {
         "prompt_tokens": tokens,
         "total_tokens": tokens + 5,
@@ -251,7 +254,7 @@ def _answer(path: str, body: bytes, text: str) -> bytes:
         return b'{"id":"mock","choices":[{"index":0,"text":"x"}],"usage":{"prompt_tokens":1000,"total_tokens":1001}}'
     try:
         request = json.loads(body)
-        usage = _usage(request)
+        usage = _usage(path, request)
     except (ValueError, AttributeError):
         usage = {}
     choices = [{"index": 0, "text": text}]

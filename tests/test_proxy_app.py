@@ -455,6 +455,17 @@ def test_metrics_and_log() -> None:
             assert 0 <= line[key] < 10_000
 
 
+def test_tokens_of_messages_are_counted_with_the_cached_ones(plain: Stack) -> None:
+    full = metric(plain, "disagg_full_reuse_requests_total")
+    response = post(plain, "/v1/messages", {"messages": []})
+    assert (response.headers["x-prompt-tokens"], response.headers["x-reused-tokens"]) == ("10", "7")
+    body = {"messages": [], "stream": True, "stream_options": {"include_usage": True}}
+    post(plain, "/v1/messages", body, request_id="messages")
+    line = plain.proxy.access_line("messages")
+    assert (line["prompt_tokens"], line["reused_tokens"]) == (10, 7)
+    assert metric(plain, "disagg_full_reuse_requests_total") == full
+
+
 def test_degraded_store_is_told_once() -> None:
     with stack() as made:
         for state in ("stored", "timeout", "failed", "timeout", "stored", "stored"):
