@@ -251,6 +251,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         self._tracker: PutTracker | None = None
         self._paged: PagedKVConnector | None = None
         self._role_name = vllm_config.kv_transfer_config.kv_role
+        _refuse_prompt_embeds(vllm_config)
         self._copy = _choose_copy(vllm_config)
         if role == KVConnectorRole.WORKER:
             self._make_engine(vllm_config)
@@ -477,6 +478,12 @@ def _survive_seeded_requests() -> None:
 
     keep_books_of_seeded.seeded = True  # type: ignore[attr-defined]
     CPUModelRunner._bookkeeping_sync = keep_books_of_seeded
+
+
+def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
+    """Raise ValueError if prompts may be embeddings: LMCache would end the engine at the first one."""
+    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
 
 
 def _choose_copy(vllm_config: VllmConfig) -> str:

@@ -20,7 +20,7 @@ from lmcache.integration.vllm.vllm_v1_adapter import (
     RequestTracker,
 )
 from lmcache.v1.protocol import MAX_KEY_LENGTH
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from disagg_prefill_lmcache_v1 import kv_connector
 from disagg_prefill_lmcache_v1.kv_connector import LMCacheDisaggConnectorV1, PagedKVConnector, PutTracker
@@ -293,6 +293,15 @@ def test_lmcaches_copy_where_it_can_do_more(choose):
     assert choose(compiled=True, device="cuda") == "auto"
     assert choose(compiled=True, device="cuda", mla=True) == "stock"
     assert choose("stock", compiled=True, device="cuda") == "stock"
+
+
+def test_prompts_without_token_ids_are_refused():
+    config = vllm_config()
+    kv_connector._refuse_prompt_embeds(config)
+    config.model_config.enable_prompt_embeds = True
+    config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
+    with pytest.raises(ValueError, match="--enable-prompt-embeds is not supported"):
+        LMCacheDisaggConnectorV1(config, KVConnectorRole.SCHEDULER)
 
 
 def test_a_choice_that_cannot_be_is_refused(choose):
