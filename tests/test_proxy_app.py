@@ -640,6 +640,9 @@ def test_a_dead_server_is_left_out() -> None:
             assert httpx.post(proxy.url + COMPLETIONS, json={"prompt": "x"}).status_code == 200
         assert state.served == 20
         assert sum("is down" in line for line in proxy.messages) == 1
+        for url, up in zip(urls, (1, 0), strict=True):
+            name = f'disagg_upstream_up{{role="decode",upstream="{url}"}}'
+            wait_until(lambda name=name, up=up: metric(proxy, name) == up, f"the gauge of {url} is {up}")
     finally:
         proxy.stop()
         mocks.close()

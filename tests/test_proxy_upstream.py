@@ -423,6 +423,22 @@ def test_a_cancellation_that_comes_with_the_connection_counts() -> None:
     with_server(handler, use)
 
 
+def test_a_server_that_takes_no_connection_is_given_up_soon() -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def use(client: Client) -> None:
+        tasks = asyncio.all_tasks()
+        client.loop.create_connection = lambda *args, **kwargs: asyncio.sleep(60)  # type: ignore[method-assign]
+        with pytest.raises(UpstreamError, match=r"no connection within 0\.05 s") as caught:
+            await asyncio.wait_for(client.request(REQUEST), 1)
+        assert caught.value.kind == "refused"
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == tasks
+
+    with_server(handler, use, connect_timeout_s=0.05)
+
+
 def test_cancelling_closes_the_connection_at_once() -> None:
     closed = asyncio.Event()
 
