@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import http.client
 import json
 import os
@@ -273,9 +274,10 @@ def test_body_limit() -> None:
 
 def test_slow_senders_are_ended(plain: Stack) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
-    assert b"HTTP/1.1 408" in raw(plain, head + b"{")
-    assert raw(plain, b"") == b""
-    assert raw(plain, b"GET /v1/mod") == b""
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        stuck, silent, slow = pool.map(lambda data: raw(plain, data), (head + b"{", b"", b"GET /v1/mod"))
+    assert b"HTTP/1.1 408" in stuck
+    assert (silent, slow) == (b"", b"")
 
 
 def test_servers_that_are_down() -> None:
