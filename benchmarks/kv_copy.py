@@ -3,7 +3,7 @@
     python benchmarks/kv_copy.py [--threads 1 2] [--json FILE]
 
 "store" gathers a chunk from the packed cache, "load" scatters it back; "copy" is torch.copy_ of the same bytes, source
-and target larger than the caches of the CPU. GB/s of KV bytes, median of the repeats.
+and target larger than the caches of the CPU, in turn with the other two. GB/s of KV bytes, median of the repeats.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ SHAPES = [
     ("Llama 8B, float32", 32, 8, 128, torch.float32, 128),
 ]
 BYTES = 512 << 20  # walk over this much KV, so that nothing stays in the CPU's caches
+ROUNDS = 24
 
 
-def rate(work: Callable[[int], None], rounds: int, size: int) -> float:
-    """GB/s of ``work(i)`` for i in 0..rounds-1, each moving ``size`` bytes; median."""
-    work(0)
-    seconds = []
-    for i in range(rounds):
-        begin = time.perf_counter()
-        work(i)
-        seconds.append(time.perf_counter() - begin)
-    return size / statistics.median(seconds) / 1e9
+def rates(works: dict[str, Callable[[int], object]], rounds: int, count: int, size: int) -> dict[str, float]:
+    """GB/s of each ``work(i)``, i below ``count``, each moving ``size`` bytes; median.
+
+    The works take turns, on data far apart, so that a busy moment of the machine slows all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(-len(works), rounds):
+        for turn, (name, work) in enumerate(works.items()):
+            begin = time.perf_counter()
+            work((i + turn * count // len(works)) % count)
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: size / statistics.median(taken) / 1e9 for name, taken in seconds.items()}
 
 
 def measure(isa: str, layers: int, heads: int, head_size: int, dtype: torch.dtype, block: int, tokens: int) -> dict:
@@ -59,13 +64,14 @@ def measure(isa: str, layers: int, heads: int, head_size: int, dtype: torch.dtyp
     slots = [(order[i][:, None] * block + torch.arange(block)).flatten()[:tokens] for i in range(count)]
     chunks = [torch.zeros(mover.shape(tokens), dtype=dtype) for _ in range(count)]
     others = [torch.zeros_like(chunk) for chunk in chunks]
-    rounds = max(8, count)
-    return {
-        "store": rate(lambda i: mover.gather(chunks[i % count], slots[i % count]), rounds, per_chunk),
-        "load": rate(lambda i: mover.scatter(chunks[i % count], slots[i % count]), rounds, per_chunk),
-        "copy": rate(lambda i: others[i % count].copy_(chunks[i % count]), rounds, per_chunk),
-        "chunk_mb": per_chunk / 1e6,
+    works: dict[str, Callable[[int], object]] = {
+        "store": lambda i: mover.gather(chunks[i], slots[i]),
+        "load": lambda i: mover.scatter(chunks[i], slots[i]),
+        "copy": lambda i: others[i].copy_(chunks[i]),
     }
+    row = rates(works, max(ROUNDS, count), count, per_chunk)
+    ratios = {"store_ratio": row["store"] / row["copy"], "load_ratio": row["load"] / row["copy"]}
+    return {**row, **ratios, "chunk_mb": per_chunk / 1e6}
 
 
 def main() -> int:
@@ -73,6 +79,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 100], help="tokens of a chunk")
     parser.add_argument("--isa", nargs="+", default=["vec", "amx"], help="packings of vLLM's CPU attention")
+    parser.add_argument("--only", default="", help="KV caches whose name contains this")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
     from vllm.platforms import current_platform
@@ -82,15 +89,16 @@ def main() -> int:
         return 1
     current_platform.import_kernels()
     rows = []
-    print(f"{'KV cache':20s} {'isa':5s} {'tokens':>6s} {'threads':>7s} {'store':>7s} {'load':>7s} {'copy':>7s}  GB/s")
+    print(f"{'KV cache':20s} {'isa':5s} {'tokens':>6s} {'threads':>7s} {'store':>7s} {'load':>7s} {'copy':>7s}  GB/s   store/copy load/copy")
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for name, *shape in SHAPES:
+        for name, *shape in (shape for shape in SHAPES if args.only in shape[0]):
             for isa in args.isa:
                 for tokens in args.tokens:
                     row = measure(isa, *shape, tokens)
                     rows.append({"kv": name, "isa": isa, "tokens": tokens, "threads": threads, **row})
                     speeds = f"{row['store']:7.2f} {row['load']:7.2f} {row['copy']:7.2f}"
+                    speeds += f" {row['store_ratio']:14.0%} {row['load_ratio']:10.0%}"
                     print(f"{name:20s} {isa:5s} {tokens:6d} {threads:7d} {speeds}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from disagg_prefill_lmcache_v1.kv_host_copy import HostCopies
+
 
 class UnsupportedKVLayout(ValueError):
     """This KV cache cannot be moved exactly; the server must not start with it."""
@@ -107,9 +109,16 @@ class BlockLayout:
     @property
     def run(self) -> int:
         """Elements of one K or V vector that lie side by side: what an index can move at once."""
+        return self._run_of(self.position)
+
+    def side_run(self, side: int) -> int:
+        """The same of K (0) or V (1) alone."""
+        return self._run_of(self.position[side : side + 1])
+
+    def _run_of(self, position: torch.Tensor) -> int:
         run = self.head_size
         while run > 1:
-            parts = self.position.view(2, self.block_size, self.heads, -1, run)
+            parts = position.view(-1, self.block_size, self.heads, self.head_size // run, run)
             aligned = not bool((parts[..., 0] % run).any())
             if aligned and torch.equal(parts, parts[..., :1] + torch.arange(run)):
                 break
@@ -192,8 +201,7 @@ class BlockLayout:
 class KVMover:
     """Copies tokens between a server's paged KV caches and chunk tensors.
 
-    On the CPU whole blocks move as strided copies and the tokens of part-filled blocks by index; elsewhere all tokens
-    move by index on the device, a whole chunk at a time, and cross to or from the host in one copy. All of it is exact,
+    On the CPU see kv_host_copy.py; elsewhere all tokens move by index on the device, a whole chunk at a time, and cross to or from the host in one copy. All of it is exact,
     no loop runs over tokens.
 
     Args:
@@ -216,8 +224,8 @@ class KVMover:
         self.caches = list(caches)
         self.dtype = first.dtype
         self.device = first.device
-        # [blocks, elements] of each layer; as_strided because blocks may be further apart than their size
-        self._blocks = [c.as_strided((c.shape[0], layout.elements), (c.stride(0), 1)) for c in caches]
+        if self.device.type == "cpu":
+            self._host = HostCopies(caches, layout)
         # for the index: each layer as rows of `run` elements, and where the rows of a token begin
         run = layout.run
         if any(c.stride(0) % run or c.storage_offset() % run for c in caches):
@@ -263,10 +271,7 @@ class KVMover:
         if self.device.type != "cpu":
             self._move_on_device(chunk, slots.to(self.device), to_cache)
             return
-        for start, count, blocks in self._whole_blocks(slots):
-            self._move_blocks(chunk[:, :, start : start + count], blocks, to_cache)
-        for start, stop in self._loose_tokens(slots):
-            self._move_tokens(chunk[:, :, start:stop], slots[start:stop], to_cache)
+        self._host.move(chunk, slots, to_cache)
 
     def _move_on_device(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
         # On the device's current stream, which is the one that vLLM computes on: nothing can overtake.
@@ -307,63 +312,6 @@ class KVMover:
                     cache.index_copy_(0, index, plain)
                 else:
                     torch.index_select(cache, 0, index, out=plain)
-
-    def _whole_blocks(self, slots: torch.Tensor) -> list[tuple[int, int, list[int]]]:
-        """The run of whole blocks in ``slots``: (first token, tokens, block numbers), at most one run."""
-        size, n = self.layout.block_size, slots.numel()
-        if n < size or None in self.layout.views:
-            return []
-        lead = int(-slots[0]) % size
-        count = (n - lead) // size
-        if count <= 0:
-            return []
-        body = slots[lead : lead + count * size].view(count, size)
-        if not torch.equal(body, body[:, :1] + torch.arange(size)) or bool((body[:, 0] % size).any()):
-            return []
-        return [(lead, count * size, (body[:, 0] // size).tolist())]
-
-    def _loose_tokens(self, slots: torch.Tensor) -> list[tuple[int, int]]:
-        """Token ranges that :meth:`_whole_blocks` leaves."""
-        runs = self._whole_blocks(slots)
-        if not runs:
-            return [(0, slots.numel())] if slots.numel() else []
-        start, count, _ = runs[0]
-        return [r for r in ((0, start), (start + count, slots.numel())) if r[0] < r[1]]
-
-    def _move_blocks(self, chunk: torch.Tensor, blocks: list[int], to_cache: bool) -> None:
-        layout = self.layout
-        for side, view in enumerate(layout.views):
-            assert view is not None
-            sizes, strides, offset = view
-            for layer, cache in enumerate(self._blocks):
-                plain = chunk[side, layer].view(len(blocks), layout.block_size, layout.heads, layout.head_size)
-                base, stride = cache.storage_offset() + offset, cache.stride(0)
-                for i, block in enumerate(blocks):
-                    packed = cache.as_strided(
-                        (layout.heads, *sizes), (layout.head_stride, *strides), base + block * stride
-                    )
-                    token_major = plain[i].transpose(0, 1)  # [heads, block_size, head_size]
-                    token_major = token_major.as_strided(
-                        (layout.heads, *sizes),
-                        (layout.head_size, *self._plain_strides(sizes)),
-                        token_major.storage_offset(),
-                    )
-                    if to_cache:
-                        packed.copy_(token_major)
-                    else:
-                        token_major.copy_(packed)
-
-    def _plain_strides(self, sizes: list[int]) -> list[int]:
-        """Strides of one head's elements in a chunk, its two axes split as in ``sizes``."""
-        layout = self.layout
-        strides: list[int] = []
-        inner = 1
-        for size in reversed(sizes):
-            # token digits step over all heads, head_size digits are contiguous
-            within = inner < layout.head_size
-            strides.append(inner if within else inner // layout.head_size * layout.heads * layout.head_size)
-            inner *= size
-        return strides[::-1]
 
     def _move_tokens(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
         size = self.layout.block_size
