@@ -89,7 +89,8 @@ def main() -> int:
         return 1
     current_platform.import_kernels()
     rows = []
-    print(f"{'KV cache':20s} {'isa':5s} {'tokens':>6s} {'threads':>7s} {'store':>7s} {'load':>7s} {'copy':>7s}  GB/s   store/copy load/copy")
+    rates_of = f"{'store':>7s} {'load':>7s} {'copy':>7s}  store/copy  load/copy"
+    print(f"{'KV cache':20s} {'isa':5s} {'tokens':>6s} {'threads':>7s} {rates_of}   (GB/s)")
     for threads in args.threads:
         torch.set_num_threads(threads)
         for name, *shape in (shape for shape in SHAPES if args.only in shape[0]):
@@ -98,7 +99,7 @@ def main() -> int:
                     row = measure(isa, *shape, tokens)
                     rows.append({"kv": name, "isa": isa, "tokens": tokens, "threads": threads, **row})
                     speeds = f"{row['store']:7.2f} {row['load']:7.2f} {row['copy']:7.2f}"
-                    speeds += f" {row['store_ratio']:14.0%} {row['load_ratio']:10.0%}"
+                    speeds += f" {row['store_ratio']:11.0%} {row['load_ratio']:10.0%}"
                     print(f"{name:20s} {isa:5s} {tokens:6d} {threads:7d} {speeds}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

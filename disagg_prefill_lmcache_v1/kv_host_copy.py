@@ -2,16 +2,17 @@
 
 What the learned layout says decides, for keys and values apart, how they move (all exact, as bits):
 
-- ``_Rows``: vectors, or large pieces of them, lie side by side (V of most packings). They are picked or placed by index,
-  in the order of the chunk, any slots at once.
+- ``_Rows``: vectors, or large pieces of them, lie side by side (V of most packings). They are picked or placed by
+  index, in the order of the chunk, any slots at once.
 - ``_Packed``: elements of several tokens lie side by side (K transposed within a block, K or V in pairs). A group of
-  layers goes through a scratch buffer that fits the CPU's caches: copied there in long pieces, transposed there in units
-  of 32 bits by the one torch operator that does it with SIMD shuffles, and copied out in long pieces.
+  layers goes through a scratch buffer that fits the CPU's caches: copied there in long pieces, transposed there in
+  units of 32 bits by the one torch operator that does it with SIMD shuffles, and copied out in long pieces.
 - ``_Rows`` with rows of one element for anything else: slow and right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 # Rows of this many bytes or more move by index; shorter ones are worth a scratch buffer.
 _ROW_BYTES = 64
 # What one transposition takes in: large enough for long copies, small enough for a core's caches.
-_SCRATCH_BYTES = 512 << 10
-# Tokens to which a part of a block is widened, so that pieces begin and end with cache lines.
-_LINE_WORDS = 16
+_SCRATCH_BYTES = 1 << 20
 # Fewer tokens in a row than this, on average: index them one by one.
 _SHORT_RUN = 4
 
@@ -60,8 +59,8 @@ def _flat(cache: torch.Tensor, elements: int) -> np.ndarray:
 
 def _as_unsigned(tensor: torch.Tensor) -> np.ndarray:
     """The memory of ``tensor`` as unsigned integers of its elements' size; numpy has no bfloat16."""
-    signed, unsigned = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}[tensor.itemsize]
-    return tensor.view(signed).numpy().view(unsigned)
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return tensor.view(signed).numpy().view(f"u{tensor.itemsize}")
 
 
 def _strided(flat: np.ndarray, offset: int, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
@@ -101,7 +100,7 @@ class _Rows:
     def __init__(self, flats: list[np.ndarray], layout: BlockLayout, side: int, block_stride: int) -> None:
         run = math.gcd(layout.side_run(side), block_stride)
         size = run * flats[0].itemsize
-        self._dtype = np.dtype(f"u{size}") if size in (2, 4, 8) else np.dtype((np.void, size))
+        self._dtype = np.dtype(f"u{size}") if size in (1, 2, 4, 8) else np.dtype((np.void, size))
         self._caches = [flat[: len(flat) // run * run].view(self._dtype) for flat in flats]
         self._block_rows = block_stride // run
         self._row_of = layout.position[side].view(layout.block_size, -1, run)[..., 0].div(run).long().numpy()
@@ -132,8 +131,8 @@ class _Packed:
 
     def __init__(self, flats: list[np.ndarray], layout: BlockLayout, side: int, block_stride: int) -> None:
         view = layout.views[side]
-        if view is None or sys.byteorder != "little":
-            raise ValueError("no strided view")
+        if view is None or flats[0].itemsize not in (2, 4) or sys.byteorder != "little":
+            raise ValueError("no strided view of words")
         sizes, strides, offset = view
         tokens, columns, size = [], [], 1
         for digit in zip(sizes, strides, strict=True):
@@ -177,24 +176,18 @@ class _Packed:
         # the same by element, for tokens that share a word with others
         self._elements = self._words
         if self._pairs:
-            shape, steps = ([*shape[:-1], shape[-1] * 2], [2 * s for s in steps]) if group else ([*shape, 2], [2 * s for s in steps] + [0])
-            steps[-1] = 1
+            shape = [*shape[:-1], shape[-1] * 2] if group else [*shape, 2]
+            steps = [*(2 * s for s in (steps[:-1] if group else steps)), 1]
             self._elements = [_strided(flat, offset, shape, steps) for flat in flats]
         self._shuffle = _shuffle if _probe_shuffle() else _shuffle_plainly
         self._scratch = torch.empty(0)
-        self._half = np.empty(0, np.uint32)
+        self._halves = np.empty(0, np.uint16)
+        self._low = np.empty(0, np.uint32)
 
     def _span(self, run: _Run) -> tuple[int, int]:
-        """The tokens of its block to handle for ``run``: whole groups, or whole cache lines of a single group."""
-        unit = self._group
-        if self._groups == 1:
-            unit = min(_LINE_WORDS, self._group_words) * self._per_word
-            if self._group % unit:
-                unit = self._group
-        start, stop = run.start // unit * unit, -(-run.stop // unit) * unit
-        if self._groups == 1 and 4 * (stop - start) >= 3 * self._group:
-            return 0, self._group
-        return start, stop
+        """The tokens of its block to handle for ``run``: whole groups, or whole words of a single group."""
+        unit = self._per_word if self._groups == 1 else self._group
+        return run.start // unit * unit, -(-run.stop // unit) * unit
 
     def _batches(self, runs: list[_Run], layers: int) -> Iterator[tuple[list[tuple[_Run, int]], int, range]]:
         """(runs with the first token of their span, tokens of a span, layers) that fit into the scratch buffer."""
@@ -224,10 +217,12 @@ class _Packed:
             count = len(layers) * len(batch) * words * self._width
             if self._scratch.numel() < count:
                 self._scratch = torch.empty(count, dtype=torch.float32)
+                if self._pairs:
+                    self._halves, self._low = np.empty(2 * count, np.uint16), np.empty(count, np.uint32)
             move(side, batch, words, layers, self._scratch[:count])
 
     def _packed_shape(self, words: int) -> list[int]:
-        """Of a span in the block's order, without the leading axis of groups' count when there is one group."""
+        """Shape of a span of one layer in the order of the block."""
         if not self._transposed:
             return [words, self._heads, *self._columns]
         inner = min(words, self._group_words)
@@ -254,10 +249,12 @@ class _Packed:
             if not self._pairs:
                 np.copyto(target[:, first:last], part[:, skip : skip + tokens])
                 continue
-            even, odd = skip % 2, 1 - skip % 2  # where the first even and odd token of the block come in the chunk
-            np.copyto(target[:, first + even : last : 2], part[:, (skip + 1) // 2 : (skip + tokens + 1) // 2], casting="unsafe")
+            # in cache first: one long copy to the chunk is faster than two with gaps
+            halves = self._halves[: part.size * 2].reshape(count, -1, 2, self._width)
+            np.copyto(halves[:, :, 0], part, casting="unsafe")
             np.right_shift(part, 16, out=part)
-            np.copyto(target[:, first + odd : last : 2], part[:, skip // 2 : (skip + tokens) // 2], casting="unsafe")
+            np.copyto(halves[:, :, 1], part, casting="unsafe")
+            np.copyto(target[:, first:last], halves.reshape(count, -1, self._width)[:, skip : skip + tokens])
 
     def _scatter(
         self, side: np.ndarray, batch: list[tuple[_Run, int]], words: int, layers: range, scratch: torch.Tensor
@@ -269,15 +266,13 @@ class _Packed:
             if not self._pairs:
                 np.copyto(part[:, skip : skip + tokens], source[:, first:last])
                 continue
-            even, odd = skip % 2, 1 - skip % 2
-            np.copyto(part[:, skip // 2 : (skip + tokens) // 2], source[:, first + odd : last : 2])
+            halves = self._halves[: part.size * 2].reshape(count, -1, 2, self._width)
+            np.copyto(halves.reshape(count, -1, self._width)[:, skip : skip + tokens], source[:, first:last])
+            np.copyto(part, halves[:, :, 1])
             np.left_shift(part, 16, out=part)
-            low = part[:, (skip + 1) // 2 : (skip + tokens + 1) // 2]
-            if self._half.size < low.size:
-                self._half = np.empty(low.size, np.uint32)
-            half = self._half[: low.size].reshape(low.shape)
-            np.copyto(half, source[:, first + even : last : 2])
-            np.bitwise_or(low, half, out=low)
+            low = self._low[: part.size].reshape(part.shape)
+            np.copyto(low, halves[:, :, 0])
+            np.bitwise_or(part, low, out=part)
         shape = self._packed_shape(words)
         if self._transposed:
             inner = shape[-1]
@@ -336,7 +331,7 @@ class HostCopies:
     """Copies tokens between caches and chunks in host memory.
 
     Args:
-        caches: the layers' KV caches, alike in shape, strides and dtype of 2 or 4 bytes.
+        caches: the layers' KV caches, alike in shape, strides and dtype.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], layout: BlockLayout) -> None:
@@ -347,10 +342,8 @@ class HostCopies:
         self._sides: list[_Rows | _Packed] = list(self._index)
         for side, rows in enumerate(self._index):
             if rows.row_bytes < _ROW_BYTES:
-                try:
+                with contextlib.suppress(ValueError):
                     self._sides[side] = _Packed(flats, layout, side, stride)
-                except ValueError:
-                    pass
 
     def move(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
         """Copy ``chunk`` (``[2, layers, tokens, width]``) to the caches at ``slots``, or from there.
@@ -362,7 +355,8 @@ class HostCopies:
             return
         places = slots.numpy()
         if places.min() < 0 or places.max() >= self._blocks * self._size:
-            raise IndexError(f"slots from {places.min()} to {places.max()}; the KV cache has {self._blocks * self._size}")
+            asked, there = f"{places.min()} to {places.max()}", self._blocks * self._size
+            raise IndexError(f"slots {asked} of a KV cache of {there} slots")
         if not chunk[0, 0].is_contiguous():
             dense = chunk.contiguous()
             self.move(dense, slots, to_cache)

@@ -201,8 +201,8 @@ class BlockLayout:
 class KVMover:
     """Copies tokens between a server's paged KV caches and chunk tensors.
 
-    On the CPU see kv_host_copy.py; elsewhere all tokens move by index on the device, a whole chunk at a time, and cross to or from the host in one copy. All of it is exact,
-    no loop runs over tokens.
+    On the CPU kv_host_copy.py does it; elsewhere all tokens move by index on the device, a whole chunk at a time, and
+    cross to or from the host in one copy. All of it is exact, no loop runs over tokens.
 
     Args:
         caches: the layers' KV caches, each ``[num_blocks, ...]``; one block fills a piece of memory, in any order.

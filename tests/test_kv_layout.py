@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from disagg_prefill_lmcache_v1 import kv_host_copy
 from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
 
 ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed: its cache update is what is tested")
@@ -73,6 +74,63 @@ def test_moves_exactly(isa, dtype, block_size, heads, head_size):
         for cache, key, value in zip(wanted, keys, values, strict=True):
             writer(isa)(key[slots].contiguous(), value[slots].contiguous(), cache, slots)
         assert all(torch.equal(a, b) for a, b in zip(empty, wanted, strict=True)), "differs from vLLM's own write"
+
+
+def any_bits(shape, dtype):
+    """Every bit pattern: NaNs with payload, denormals, both zeros."""
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    return torch.randint(torch.iinfo(bits).min, torch.iinfo(bits).max, shape, dtype=bits).view(dtype)
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plainly", [False, True], ids=["simd", "plainly"])
+def test_moves_the_given_tokens_and_nothing_else(monkeypatch, isa, dtype, plainly):
+    """Any bits, any slots; every other slot keeps its bits; small scratch buffers, so that batches end everywhere."""
+    if plainly:
+        monkeypatch.setattr(kv_host_copy, "_probe_shuffle", lambda: False)
+    size, heads, head_size, layers = 64, 2, 32, 3
+    layout = learn(isa, size, heads, head_size, dtype)
+    caches = [any_bits((8, heads, size, 2 * head_size), dtype) for _ in range(layers)]
+    mover = KVMover([cache.clone() for cache in caches], layout)
+    in_order, apart = slots_of([1, 2, 3, 4], size, 0, 4 * size), slots_of([6, 1, 7, 2], size, 0, 4 * size)
+    ragged = torch.cat((apart[9:50], apart[70:71], apart[77:], in_order[200:203]))
+    cases = [in_order, apart, apart[:1], apart[1:2], apart[37:39], apart[13:100], apart[63:65], apart[5:250], ragged]
+    cases += [torch.randperm(8 * size)[:90], torch.arange(0, 8 * size, 2), torch.arange(5, 150).flip(0)]
+    for number, slots in enumerate(cases):
+        monkeypatch.setattr(kv_host_copy, "_SCRATCH_BYTES", (1 << 10, 20 << 10, 1 << 20)[number % 3])
+        chunk = any_bits((*mover.shape(slots.numel() + 3)[:2], slots.numel() + 3, heads * head_size), dtype)
+        for layer, cache in enumerate(caches):
+            key, value = (side.contiguous().view(-1, heads, head_size) for side in chunk[:, layer, 3:])
+            writer(isa)(key, value, cache, slots)
+        mover.scatter(chunk[:, :, 3:], slots)
+        assert all(same_bits(a, b) for a, b in zip(mover.caches, caches, strict=True)), f"case {number} differs"
+        back = chunk.clone()
+        back[:, :, 3:] = 0
+        mover.gather(back[:, :, 3:], slots)
+        assert same_bits(back, chunk), f"case {number} differs"
+    wrong = torch.tensor([3, 8 * size])
+    for slots in (wrong, wrong - 4):
+        with pytest.raises(IndexError, match=f"of {8 * size} slots"):
+            mover.gather(torch.empty(mover.shape(2), dtype=dtype), slots)
+
+
+def test_packed_sides_take_the_fast_way():
+    """Slow ways are exact too: only this notices that a packing has fallen back to its elements one by one."""
+    ways = {}
+    for isa, dtype in (("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)):
+        layout = learn(isa, 64, 2, 64, dtype)
+        sides = KVMover([torch.zeros(2, 2, 64, 128, dtype=dtype)], layout)._host._sides
+        ways[isa, dtype] = [type(side).__name__ for side in sides]
+    assert ways == {
+        ("vec", torch.float32): ["_Packed", "_Rows"],
+        ("vec", torch.bfloat16): ["_Packed", "_Rows"],
+        ("amx", torch.bfloat16): ["_Packed", "_Packed"],
+    }
 
 
 def test_packed_keys_are_not_plain():
