@@ -43,12 +43,15 @@ class _Run(NamedTuple):
 
 def _runs(slots: np.ndarray, size: int) -> list[_Run]:
     """Cut ``slots`` where the next slot is not the following one of the same block of ``size`` tokens."""
-    cuts = np.flatnonzero((slots[1:] != slots[:-1] + 1) | (slots[1:] % size == 0)) + 1
-    firsts = [0, *cuts.tolist()]
-    lengths = np.diff([*firsts, len(slots)]).tolist()
-    blocks, starts = np.divmod(slots[firsts], size)
-    places = zip(firsts, blocks.tolist(), starts.tolist(), lengths, strict=True)
-    return [_Run(first, block, start, start + length) for first, block, start, length in places]
+    jumps = (np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1).tolist()
+    runs = []
+    for first, last in zip([0, *jumps], [*jumps, len(slots)], strict=True):
+        block, start = divmod(slots.item(first), size)
+        while first < last:
+            stop = min(size, start + last - first)
+            runs.append(_Run(first, block, start, stop))
+            first, block, start = first + stop - start, block + 1, 0
+    return runs
 
 
 def _flat(cache: torch.Tensor, elements: int) -> np.ndarray:
@@ -109,9 +112,13 @@ class _Rows:
         self.row_bytes = size
 
     def move(self, chunk: np.ndarray, slots: np.ndarray, runs: list[_Run], to_cache: bool) -> None:
-        blocks, offsets = np.divmod(slots, self._block_size)
-        index = self._row_of[offsets]
-        index += (blocks * self._block_rows)[:, None]
+        rows_of, stride = self._row_of, self._block_rows
+        if len(runs) * _SHORT_RUN <= len(slots):
+            parts = [rows_of[run.start : run.stop] + run.block * stride for run in runs]
+            index = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        else:
+            blocks, offsets = np.divmod(slots, self._block_size)
+            index = rows_of[offsets] + (blocks * stride)[:, None]
         rows = chunk[self._side].view(self._dtype)
         for cache, plain in zip(self._caches, rows, strict=True):
             if to_cache:
@@ -181,6 +188,7 @@ class _Packed:
             self._elements = [_strided(flat, offset, shape, steps) for flat in flats]
         self._shuffle = _shuffle if _probe_shuffle() else _shuffle_plainly
         self._scratch = torch.empty(0)
+        self._scratch_words = np.empty(0, np.uint32)
         self._halves = np.empty(0, np.uint16)
         self._low = np.empty(0, np.uint32)
 
@@ -217,6 +225,7 @@ class _Packed:
             count = len(layers) * len(batch) * words * self._width
             if self._scratch.numel() < count:
                 self._scratch = torch.empty(count, dtype=torch.float32)
+                self._scratch_words = self._scratch.numpy().view(np.uint32)
                 if self._pairs:
                     self._halves, self._low = np.empty(2 * count, np.uint16), np.empty(count, np.uint32)
             move(side, batch, words, layers, self._scratch[:count])
@@ -233,7 +242,7 @@ class _Packed:
     ) -> None:
         count, runs = len(layers), len(batch)
         shape = self._packed_shape(words)
-        packed = scratch.numpy().view(np.uint32).reshape(count, runs, *shape)
+        packed = self._scratch_words[: scratch.numel()].reshape(count, runs, *shape)
         for i, layer in enumerate(layers):
             cache = self._words[layer]
             for k, (run, start) in enumerate(batch):
@@ -260,7 +269,7 @@ class _Packed:
         self, side: np.ndarray, batch: list[tuple[_Run, int]], words: int, layers: range, scratch: torch.Tensor
     ) -> None:
         count, runs = len(layers), len(batch)
-        plain = scratch.numpy().view(np.uint32).reshape(count, runs, words, self._width)
+        plain = self._scratch_words[: scratch.numel()].reshape(count, runs, words, self._width)
         source = side[layers.start : layers.stop]
         for first, last, part, skip, tokens in self._pieces(batch, plain):
             if not self._pairs:
@@ -354,9 +363,6 @@ class HostCopies:
         if not slots.numel():
             return
         places = slots.numpy()
-        if places.min() < 0 or places.max() >= self._blocks * self._size:
-            asked, there = f"{places.min()} to {places.max()}", self._blocks * self._size
-            raise IndexError(f"slots {asked} of a KV cache of {there} slots")
         if not chunk[0, 0].is_contiguous():
             dense = chunk.contiguous()
             self.move(dense, slots, to_cache)
@@ -364,6 +370,9 @@ class HostCopies:
                 chunk.copy_(dense)
             return
         runs = _runs(places, self._size)
+        if not all(0 <= run.block < self._blocks for run in runs):
+            asked, there = f"{places.min()} to {places.max()}", self._blocks * self._size
+            raise IndexError(f"slots {asked} of a KV cache of {there} slots")
         sides = self._sides if len(runs) * _SHORT_RUN <= len(places) + 2 * _SHORT_RUN else self._index
         plain = _as_unsigned(chunk)
         for side in sides:
