@@ -35,15 +35,17 @@ ROUNDS = 24
 def rates(works: dict[str, Callable[[int], object]], rounds: int, count: int, size: int) -> dict[str, float]:
     """GB/s of each ``work(i)``, i below ``count``, each moving ``size`` bytes; median.
 
-    The works take turns, on data far apart, so that a busy moment of the machine slows all of them alike.
+    The works take turns, on data far apart, so that a busy moment of the machine slows all of them alike. With one
+    thread its CPU time counts: what other processes take of the core does not.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for i in range(-len(works), rounds):
         for turn, (name, work) in enumerate(works.items()):
-            begin = time.perf_counter()
+            begin = clock()
             work((i + turn * count // len(works)) % count)
             if i >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return {name: size / statistics.median(taken) / 1e9 for name, taken in seconds.items()}
 
 
