@@ -11,6 +11,7 @@ Stored chunks have LMCache's ``KV_2LTD`` format, ``[2, layers, tokens, kv_heads 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,8 +225,9 @@ class KVMover:
         self.caches = list(caches)
         self.dtype = first.dtype
         self.device = first.device
+        self._host = threading.local()  # each thread that copies has scratch memory of its own
         if self.device.type == "cpu":
-            self._host = HostCopies(caches, layout)
+            self._host.copies = HostCopies(caches, layout)  # errors come now, not with the first request
         # for the index: each layer as rows of `run` elements, and where the rows of a token begin
         run = layout.run
         if any(c.stride(0) % run or c.storage_offset() % run for c in caches):
@@ -271,7 +273,10 @@ class KVMover:
         if self.device.type != "cpu":
             self._move_on_device(chunk, slots.to(self.device), to_cache)
             return
-        self._host.move(chunk, slots, to_cache)
+        copies = getattr(self._host, "copies", None)
+        if copies is None:
+            copies = self._host.copies = HostCopies(self.caches, self.layout)
+        copies.move(chunk, slots, to_cache)
 
     def _move_on_device(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
         # On the device's current stream, which is the one that vLLM computes on: nothing can overtake.

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +30,8 @@ from disagg_prefill_lmcache_v1.kv_store import Fetch
 
 logger = init_logger(__name__)
 
+THREADS_VARIABLE = "DISAGG_KV_COPY_THREADS"
+DEFAULT_COPY_THREADS = 2
 # Chunks that are staged with one call: few calls, and the first chunk need not wait for memory for the last.
 STAGE_AT_ONCE = 8
 # Device memory for chunks between the KV cache and the host. The engine waits only when all of it is on its way.
@@ -58,19 +62,23 @@ class Written(Protocol):
     def synchronize(self) -> Any: ...
 
 
-class _Now:
-    def synchronize(self) -> None:
-        pass
-
-
-_NOW = _Now()
-
-
 class HostCopy:
-    """Copies chunks in the calling thread (CPU; devices without streams of their own)."""
+    """Copies chunks on the CPU, several at a time: for KV caches in host memory, and devices without streams of ours.
 
-    def __init__(self, mover: KVMover) -> None:
+    Args:
+        threads: copies at a time (``DISAGG_KV_COPY_THREADS``). One core cannot use all of the memory's bandwidth, and
+            the engine waits meanwhile.
+
+    Raises:
+        ValueError: the variable is not a number of threads.
+    """
+
+    def __init__(self, mover: KVMover, threads: int | None = None) -> None:
         self._mover = mover
+        if mover.device.type != "cpu":
+            threads = 1
+        self._threads = ThreadPoolExecutor(threads or copy_threads(), thread_name_prefix="kv-copy")
+        self._pending: list[Future[None]] = []
 
     def use_memory(self, regions: Iterable[tuple[int, int]]) -> None:
         pass
@@ -80,13 +88,39 @@ class HostCopy:
 
     def gather(self, chunk: torch.Tensor, slots: Any, start: int, end: int) -> Written:
         """Copy the tokens ``start`` to ``end`` of ``slots`` into ``chunk``."""
-        self._mover.gather(chunk, slots[start:end])
-        return _NOW
+        return self._start(self._mover.gather, chunk, slots[start:end])
 
     def scatter(self, chunk: torch.Tensor, skip: int, slots: Any, start: int, end: int) -> Written:
         """Copy all but the first ``skip`` tokens of ``chunk`` to the tokens ``start`` to ``end`` of ``slots``."""
-        self._mover.scatter(chunk[:, :, skip:], slots[start:end])
-        return _NOW
+        return self._start(self._mover.scatter, chunk[:, :, skip:], slots[start:end])
+
+    def _start(self, move: Callable[[torch.Tensor, torch.Tensor], None], chunk: torch.Tensor, slots: Any) -> Written:
+        future = self._threads.submit(torch.inference_mode()(move), chunk, slots)
+        self._pending.append(future)
+        return _Copied(future)
+
+    def finish(self) -> None:
+        """Wait until the KV cache may be used again. Raises what a copy has raised."""
+        pending, self._pending = self._pending, []
+        wait(pending)
+        for future in pending:
+            future.result()
+
+
+class _Copied:
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def synchronize(self) -> None:
+        self._future.result()
+
+
+def copy_threads() -> int:
+    """``DISAGG_KV_COPY_THREADS``, by default 2, or 1 on one core."""
+    text = os.environ.get(THREADS_VARIABLE, "") or str(min(DEFAULT_COPY_THREADS, os.cpu_count() or 1))
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
+        raise ValueError(f"{THREADS_VARIABLE}={text!r}: allowed: a whole number from 1 to 256")
+    return int(text)
 
 
 class CudaCopy:
@@ -112,8 +146,16 @@ class CudaCopy:
         self._to_device = torch.cuda.Stream(mover.device)
         self._registered: dict[int, int] = {}
 
+    def finish(self) -> None:
+        """The device's stream knows by itself when to go on."""
+
     def use_memory(self, regions: Iterable[tuple[int, int]]) -> None:
-        """Let the device read and write host memory directly, (address, bytes) each."""
+        """Let the device read and write host memory directly, (address, bytes) each; from now on no other."""
+        regions = list(regions)
+        for address in self._registered.keys() - dict(regions).keys():
+            torch.cuda.synchronize(self._mover.device)
+            torch.cuda.cudart().cudaHostUnregister(address)
+            del self._registered[address]
         for address, size in regions:
             if self._registered.get(address) == size or _is_pinned(address):
                 continue
@@ -196,6 +238,8 @@ class KVTransfer:
         self._putters = ThreadPoolExecutor(store.links, thread_name_prefix="kv-put")
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="kv-release")
         copy.use_memory(store.memory())
+        if hasattr(store, "on_remap"):  # its memory is another one after a restart
+            store.on_remap = lambda: copy.use_memory(store.memory())
 
     def _ranges(self, tokens: Any, mask: Any, request_configs: Any) -> list[tuple[int, int, Any]]:
         chunks = self._engine.token_database.process_tokens(tokens=tokens, mask=mask, request_configs=request_configs)
@@ -230,6 +274,7 @@ class KVTransfer:
                         self._done(key)
                     break
                 left = left[count:]
+            self._copy.finish()
         stored = sum(end - start for start, end, _ in chunks[: len(chunks) - len(left)])
         engine.stats_monitor.on_store_finished(stats, stored)
         logger.info(
@@ -249,7 +294,11 @@ class KVTransfer:
         count = 0
         for (start, end, key), tensor, there in zip(chunks, tensors, present, strict=False):
             if tensor is not None:
-                written = self._copy.gather(tensor, slots, start, end)
+                try:
+                    written = self._copy.gather(tensor, slots, start, end)
+                except BaseException:
+                    self._store.abandon(keys[count:], tensors[count:])
+                    raise
                 self._putters.submit(self._put, key, tensor, written)
             elif there:
                 self._done(key)
@@ -262,7 +311,11 @@ class KVTransfer:
 
     def _put(self, key: Any, tensor: torch.Tensor, written: Written) -> None:
         try:
-            written.synchronize()
+            try:
+                written.synchronize()
+            except BaseException:
+                self._store.abandon([key], [tensor])
+                raise
             self._store.commit([key], [tensor])
             self._puts_fail = False
         except Exception as error:
@@ -318,32 +371,29 @@ class KVTransfer:
         except Exception as error:
             logger.warning("KV is not loaded: %s", error)
             return
-        reading = False
         try:
             for index, tensor in fetch:
                 start, end, _ = chunks[index]
                 first = max(start, cached)
                 whole = tensor.shape[2] == end - start
                 # Blocks that vLLM had cached may be shared with running requests: only later tokens are written.
-                read: Written = _NOW
                 if whole and first < end:
                     read = self._copy.scatter(tensor, first - start, slots, first, end)
-                if read is _NOW:
-                    fetch.done(index)
-                else:  # its memory may be what the next chunk is waiting for
-                    reading = True
+                    # its memory may be what the next chunk is waiting for
                     self._releaser.submit(self._release, fetch, index, read)
+                else:
+                    fetch.done(index)
                 arrived[index] = whole
+            self._copy.finish()
         finally:
-            if reading:
-                self._releaser.submit(fetch.close)  # after the chunks: it is one thread
-            else:
-                fetch.close()
+            self._releaser.submit(fetch.close)  # after the chunks: it is one thread
 
     @staticmethod
     def _release(fetch: Fetch, index: int, read: Written) -> None:
-        read.synchronize()
-        fetch.done(index)
+        try:
+            read.synchronize()
+        finally:
+            fetch.done(index)
 
     def close(self) -> None:
         self._putters.shutdown(wait=False, cancel_futures=True)

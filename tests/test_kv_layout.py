@@ -124,7 +124,7 @@ def test_packed_sides_take_the_fast_way():
     ways = {}
     for isa, dtype in (("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)):
         layout = learn(isa, 64, 2, 64, dtype)
-        sides = KVMover([torch.zeros(2, 2, 64, 128, dtype=dtype)], layout)._host._sides
+        sides = KVMover([torch.zeros(2, 2, 64, 128, dtype=dtype)], layout)._host.copies._sides
         ways[isa, dtype] = [type(side).__name__ for side in sides]
     assert ways == {
         ("vec", torch.float32): ["_Packed", "_Rows"],
