@@ -37,7 +37,11 @@ dry_run() {
   ((BUILD_MODEL == 0)) || print_command model-builder model
   [[ -n ${S[redis_url]} ]] || print_command kv-server "kv-server (log: ${S[run_dir]}/kv_server.log)"
   for role in prefiller decoder proxy; do print_command "$role" "$role (log: ${S[run_dir]}/$role.log)"; done
-  ((S[serve])) || print_command load load
+  if ((S[serve] == 0)); then
+    print_command load load
+  elif [[ ${S[kv_load]} == auto ]]; then
+    print_command calibration "calibration (log: ${S[run_dir]}/calibration.log)"
+  fi
 }
 
 prepare() {
@@ -58,7 +62,7 @@ prepare() {
 launch() {
   local flags=() name
   for name in device backend tensor_parallel_size model served_model_name max_model_len run_dir proxy_port \
-    prefiller_port decoder_port kv_port; do
+    prefiller_port decoder_port kv_port kv_load; do
     flags+=("--${name//_/-}" "${S[$name]}")
   done
   # The URL goes through the environment: a command line can be read by everyone on the machine.
@@ -99,7 +103,15 @@ check_lmcache() {
   done
 }
 
+# calibrate: lets the decoder learn how fast it computes, so that the first request is already decided by measurements.
+calibrate() {
+  [[ ${S[kv_load]} == auto ]] || return 0
+  build_command calibration
+  run_step "measuring how fast the decoder computes" "${S[run_dir]}/calibration.log" env "${CHILD_ENV[@]}" "${CHILD_CMD[@]}"
+}
+
 serve() {
+  calibrate
   info "ready. Try:"
   printf "curl http://%s:%s/v1/completions -H 'Content-Type: application/json' -d '%s'\n" "${PROFILE[HOST]}" \
     "${S[proxy_port]}" "{\"model\": \"${S[served_model_name]}\", \"prompt\": \"Once upon a time\", \"max_tokens\": 16}"

@@ -11,6 +11,7 @@ device the engine, the YAML and the store are LMCache's own; added here are
 - store clients with acknowledgements, deadlines and reconnection (kv_store.py);
 - chunks that could not be loaded are always reported, so vLLM recomputes them. LMCache compares counts and misses
   some when part of the prompt was cached in vLLM;
+- loading is a choice for each request, made from measured times (kv_policy.py, kv_meter.py);
 - a clear error at start for what would corrupt: MLA, quantised KV, unknown layouts, an unreachable store.
 """
 
@@ -43,6 +44,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1 import kv_store, kv_transfer
 from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_meter import LoadMetrics, LoadStats, Meter
+from disagg_prefill_lmcache_v1.kv_policy import LoadBook, LoadPolicy, mode_from_environment
 from disagg_prefill_lmcache_v1.kv_shm import ShmStoreConnector
 from disagg_prefill_lmcache_v1.kv_visibility import Announcer, wait_timeout_s
 
@@ -246,6 +249,9 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         UnsupportedKVLayout, kv_store.StoreUnavailable, ValueError: with what to change.
     """
 
+    _meter: Meter | None = None  # the worker's
+    _book: LoadBook | None = None  # the scheduler's
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         self._announcer = Announcer()
         self._tracker: PutTracker | None = None
@@ -254,7 +260,12 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         _refuse_prompt_embeds(vllm_config)
         self._copy = _choose_copy(vllm_config)
         if role == KVConnectorRole.WORKER:
+            self._meter = Meter(vllm_config.device_config.device.type)
             self._make_engine(vllm_config)
+        else:
+            policy = LoadPolicy(mode_from_environment())
+            self._book = LoadBook(policy, vllm_config.parallel_config.world_size)
+            logger.info("KV of the store is loaded: %s", policy.mode)
         super().__init__(vllm_config, role, kv_cache_config)
 
     def _make_engine(self, vllm_config: VllmConfig) -> None:
@@ -370,17 +381,37 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         retrieve, impl = engine.retrieve, self._lmcache_engine
 
         def checked_retrieve(tokens: Any, mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+            begin = self._meter.load_begin() if self._meter else None
             loaded = retrieve(tokens, mask, **kwargs)
+            cached = int(kwargs.get("vllm_cached_tokens", 0))
             missing = ~loaded if mask is None else mask & ~loaded
-            missing[: int(kwargs.get("vllm_cached_tokens", 0))] = False
-            if bool(missing.any()):
+            missing[:cached] = False
+            incomplete = bool(missing.any())
+            if self._meter:
+                self._meter.load_end(begin, kwargs.get("req_id", ""), 0 if incomplete else len(loaded) - cached)
+            if incomplete:
                 slots = kwargs["slot_mapping"].to("cpu")[: missing.numel()][missing]
                 impl._invalid_block_ids.update((slots // impl._block_size).unique().tolist())
             return loaded
 
         engine.retrieve = checked_retrieve
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._meter:
+            self._meter.step_begin(getattr(connector_metadata, "load_note", None))
+
+    def _end_step(self) -> None:
+        """The forward pass is over: take its time, and release what was looked up for requests that compute."""
+        if self._meter:
+            self._meter.step_end()
+        engine, note = self._lmcache_engine.lmcache_engine, getattr(self._connector_metadata, "load_note", None)
+        if engine is not None and note is not None:
+            for request_id in note.released:
+                engine.lookup_unpin(request_id)
+
     def wait_for_save(self) -> None:
+        self._end_step()
         super().wait_for_save()
         if self._tracker is None:
             return
@@ -389,10 +420,67 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             if request.is_last_prefill and request.save_spec is not None:
                 self._tracker.confirm(request.req_id, list(request.token_ids), request.request_configs)
 
+    # both sides: measurements go from the workers to the scheduler, totals from there to the API server
+
+    def get_kv_connector_stats(self) -> LoadStats | None:
+        if self._meter is not None:
+            return self._meter.take()
+        totals = self._book.take() if self._book else {}
+        return LoadStats(data=totals) if totals else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
+        return LoadStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> LoadMetrics:
+        return LoadMetrics(*args)
+
     # scheduler side
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        stats = connector_output.kv_connector_stats
+        if self._book and isinstance(stats, LoadStats):
+            self._book.observe(stats.data)
+            connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
+        super().update_connector_output(connector_output)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if not found or self._book is None or self._book.choose(request.request_id, found):
+            return found, asynchronous
+        # As if the store had nothing. LMCache wants the entry itself when the request comes back after a preemption.
+        spec = self._lmcache_engine.load_specs[request.request_id]
+        spec.lmcache_cached_tokens, spec.can_load = 0, False
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if self._book:
+            self._book.scheduled(request.request_id, num_external_tokens)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        if self._book:
+            self._book.finished(request.request_id)
+        return super().request_finished(request, block_ids)
+
+    def _note_step(self, meta: Any, scheduler_output: SchedulerOutput) -> None:
+        """Tell the workers with the step's metadata what it computes."""
+        begun = [
+            (request.req_id, len(request.prompt_token_ids or ()), request.num_computed_tokens)
+            for request in scheduler_output.scheduled_new_reqs
+        ]
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id in cached.resumed_req_ids:
+            request = self._lmcache_engine._unfinished_requests[request_id]
+            computed = cached.num_computed_tokens[cached.req_ids.index(request_id)]
+            begun.append((request_id, request.num_prompt_tokens, computed))
+        meta.load_note = self._book.step(begun, scheduler_output.num_scheduled_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
         meta = super().build_connector_meta(scheduler_output)
+        if self._book:
+            self._note_step(meta, scheduler_output)
         if self._role_name == "kv_consumer":
             return meta
         impl = self._lmcache_engine

@@ -318,6 +318,7 @@ def instance_command(
     config = PACKAGE / "configs" / f"lmcache-config-{settings.backend}.yaml"
     child["LMCACHE_CONFIG_FILE"] = environment.get("LMCACHE_CONFIG_FILE") or str(config)
     child["DISAGG_SHM_URL" if settings.backend == "shm" else "LMCACHE_REMOTE_URL"] = remote_url
+    child["DISAGG_KV_LOAD"] = "always"  # to load is what the second instance is there for
     if Path(settings.model).is_absolute():
         child["HF_HUB_OFFLINE"] = "1"
     if role == "store":

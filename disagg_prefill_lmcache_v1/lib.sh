@@ -20,6 +20,7 @@ SETTINGS_TABLE=(
   "prefiller-port|PORT|port of the prefill server"
   "decoder-port|PORT|port of the decode server"
   "kv-port|PORT|port of the KV server started here"
+  "kv-load|auto, always or never|load KV from the store: auto where it is faster than computing it again"
   "redis-url|URL|use this Redis (redis:// or rediss://) instead of starting one"
   "num-prompts|N|requests of the load; 0: only the correctness probe"
   "input-len|N|prompt tokens of each request"
@@ -227,6 +228,7 @@ resolve_settings() {
   done
 
   need_choice backend lm redis shm
+  need_choice kv_load auto always never
   need_integer tensor_parallel_size 1 64
   need_integer max_model_len 16 10000000
   need_integer num_prompts 0 1000000
@@ -365,7 +367,8 @@ program() {
 # add_environment NAME VALUE: the caller's own environment wins over a profile's value.
 add_environment() { CHILD_ENV+=("$1=${!1:-$2}"); }
 
-# build_command ROLE: CHILD_CMD and CHILD_ENV of prefiller, decoder, proxy, kv-server, load or model-builder.
+# build_command ROLE: CHILD_CMD and CHILD_ENV of prefiller, decoder, proxy, kv-server, load, calibration or
+# model-builder.
 build_command() {
   local role=$1 name words
   CHILD_ENV=("PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}" "DISAGG_DEVICE=${S[device]}")
@@ -406,9 +409,13 @@ build_command() {
       done
       CHILD_CMD+=(--model "${S[served_model_name]}")
       for name in num_prompts input_len output_len request_rate max_model_len run_dir device backend \
-        tensor_parallel_size min_reuse_ratio; do
+        tensor_parallel_size min_reuse_ratio kv_load; do
         CHILD_CMD+=("--${name//_/-}" "${S[$name]}")
       done
+      ;;
+    calibration)
+      build_command load
+      CHILD_CMD+=(--calibrate only)
       ;;
     model-builder)
       program MODEL_BUILDER
@@ -437,6 +444,7 @@ build_vllm_command() {
 
   for name in $(printf '%s\n' "${!PROFILE_ENV[@]}" | sort); do add_environment "$name" "${PROFILE_ENV[$name]}"; done
   add_environment LMCACHE_CONFIG_FILE "$HERE/configs/lmcache-config-${S[backend]}.yaml"
+  CHILD_ENV+=("DISAGG_KV_LOAD=${S[kv_load]}")
   if [[ ${S[backend]} == shm ]]; then
     CHILD_ENV+=("DISAGG_SHM_URL=$(kv_url)")
     unset LMCACHE_REMOTE_URL # LMCache would use that store too

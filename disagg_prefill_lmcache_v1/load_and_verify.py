@@ -7,6 +7,9 @@ errors, and how many prompt tokens the decoder reused. Then the probe: prompts o
 through the proxy, and again by the prefiller alone, which computes all of them itself; the two must be equal token
 for token. The result goes to summary.json in the run directory and, as a table, to the terminal.
 
+Requests for which the decoder chose to compute what it could have loaded (--kv-load) count as reusing nothing by
+choice: they are told, and left out of the reuse ratio.
+
 Exit status: 0 when every request was answered, all outputs match and enough was reused; 1 when not; 2 for bad usage.
 """
 
@@ -47,6 +50,19 @@ PROBE_CHAT_WORDS = (1, 40, 200)
 PROBE_MAX_ERRORS = 3
 TOP_LOGPROBS = 5
 EXTERNAL_HITS_METRIC = "vllm:external_prefix_cache_hits_total"
+DECISIONS_METRIC = "disagg_kv_load_decisions_total"
+# The decoder's counters, by the name that they have here.
+DECODER_COUNTERS = {
+    "external_hits": (EXTERNAL_HITS_METRIC, ""),
+    "load_requests": (DECISIONS_METRIC, 'choice="load"'),
+    "recompute_requests": (DECISIONS_METRIC, 'choice="recompute"'),
+    "loaded_tokens": ("disagg_kv_loaded_tokens_total", ""),
+    "recomputed_tokens": ("disagg_kv_recomputed_tokens_total", ""),
+    "load_s": ("disagg_kv_load_seconds_total", ""),
+    "compute_tokens": ("disagg_kv_compute_tokens_total", ""),
+    "compute_s": ("disagg_kv_compute_seconds_total", ""),
+}
+CALIBRATION_SHORT = 256  # tokens
 
 
 def _count(minimum: int) -> Callable[[str], int]:
@@ -106,6 +122,17 @@ class Settings:
     backend: str = _setting("lm", "KV server of the stack, for the summary: lm, redis or shm")
     tensor_parallel_size: int = _setting(1, "tensor parallel size of the servers, for the summary", _count(1))
     min_reuse_ratio: float = _setting(0.99, "least part of the reusable prompt tokens to be reused", _number(0, 1))
+    kv_load: str = _setting(
+        "always",
+        "what the servers do with KV that the store has (their DISAGG_KV_LOAD)",
+        choices=("auto", "always", "never"),
+    )
+    calibrate: str = _setting(
+        "on",
+        "on: with --kv-load auto, the decoder computes a few prompts before the load, so that it knows how fast it "
+        "is; only: nothing else is done",
+        choices=("on", "off", "only"),
+    )
     probe: str = _setting("on", "the correctness probe", choices=("on", "off"))
     probe_output_len: int = _setting(16, "answer tokens of a probe request", _count(1))
     probe_concurrency: int = _setting(4, "probe requests at a time", _count(1))
@@ -208,14 +235,53 @@ async def inspect_target(session: aiohttp.ClientSession, settings: Settings) -> 
     return Target(model, max_model_len, token_ids, version)
 
 
-async def external_hits(session: aiohttp.ClientSession, settings: Settings) -> int | None:
-    """Prompt tokens that the decoder has found in the KV store since its start; None if it does not tell."""
+async def decoder_counters(session: aiohttp.ClientSession, settings: Settings) -> dict[str, float]:
+    """The decoder's DECODER_COUNTERS since its start; those that it does not tell are left out."""
     try:
         text = await get_text(session, f"{settings.decoder_url}/metrics", timeout_s=min(settings.request_timeout, 10.0))
-        values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(EXTERNAL_HITS_METRIC)]
-        return int(sum(float(value) for value in values)) if values else None
+        counters: dict[str, float] = {}
+        for line in text.splitlines():
+            labelled, _, value = line.rpartition(" ")
+            for name, (metric, label) in DECODER_COUNTERS.items():
+                if labelled.partition("{")[0] == metric and label in labelled:
+                    counters[name] = counters.get(name, 0.0) + float(value)
+        return counters
     except (ConnectionError, ValueError):
-        return None
+        return {}
+
+
+def counted(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What was counted in between, of the counters that were told both times."""
+    return {name: after[name] - before[name] for name in before if name in after}
+
+
+async def calibrate(session: aiohttp.ClientSession, settings: Settings, target: Target, seed: int) -> float | None:
+    """Lets the decoder compute prompts that no store has, so that its choices rest on measurements from the begin.
+
+    Returns:
+        The prompt tokens a second that it measured; None when it does not tell.
+
+    Raises:
+        LoadError: it does not answer.
+    """
+    rng = random.Random(f"calibration {seed}")
+    longest = (target.max_model_len or 10**9) - 1
+    short, long = min(CALIBRATION_SHORT, longest), min(settings.input_len, longest)
+    # The short one twice: what a first time costs is not the rate.
+    sizes = [short, short, *([long] if long > short else [])]
+    before = await decoder_counters(session, settings)
+    for size in sizes:
+        body = {"model": target.model, "prompt": rng.choices(target.token_ids, k=size), "max_tokens": 1}
+        body |= {"temperature": 0, **without_reuse()}
+        answer = await complete(session, settings.decoder_url, body, timeout_s=settings.request_timeout)
+        if answer.error:
+            raise LoadError(f"calibration: {answer.error}")
+    measured = counted(before, await decoder_counters(session, settings))
+    return _rate(measured, "compute_tokens", "compute_s")
+
+
+def _rate(counts: dict[str, float], tokens: str, seconds: str) -> float | None:
+    return round(counts[tokens] / counts[seconds], 1) if counts.get(seconds) and tokens in counts else None
 
 
 # --- load
@@ -233,7 +299,7 @@ def arrival_times(count: int, rate: float, arrival: str, rng: random.Random) -> 
 class LoadResult:
     answers: list[Answer] = field(default_factory=list)
     duration_s: float = 0.0
-    external_reused_tokens: int | None = None  # by the decoder's own counter; None when it does not tell
+    decoder: dict[str, float] = field(default_factory=dict)  # see DECODER_COUNTERS; those that it tells
 
 
 def load_body(settings: Settings, target: Target, prompt: list[int]) -> dict[str, Any]:
@@ -264,7 +330,7 @@ async def load(session: aiohttp.ClientSession, settings: Settings, target: Targe
             await send(body)  # what fails here fails in the load too, and is counted there
 
     await _with_progress(warm_up(), lambda: "warming up")
-    hits_before = await external_hits(session, settings)
+    before = await decoder_counters(session, settings)
     if settings.ready_file:
         settings.ready_file.touch()
     begin = time.perf_counter()
@@ -280,9 +346,7 @@ async def load(session: aiohttp.ClientSession, settings: Settings, target: Targe
     requests = (one(body, start) for body, start in zip(bodies[settings.warm_up :], starts, strict=True))
     await _with_progress(asyncio.gather(*requests), status)
     result.duration_s = time.perf_counter() - begin
-    hits_after = await external_hits(session, settings)
-    if hits_before is not None and hits_after is not None:
-        result.external_reused_tokens = hits_after - hits_before
+    result.decoder = counted(before, await decoder_counters(session, settings))
     return result
 
 
@@ -381,6 +445,7 @@ class ProbeResult:
     differences: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)  # the disaggregated ones that were complete
+    decoder: dict[str, float] = field(default_factory=dict)  # as in LoadResult
     duration_s: float = 0.0
 
     @property
@@ -403,7 +468,6 @@ async def probe(session: aiohttp.ClientSession, settings: Settings, target: Targ
     prompts = probe_prompts(settings, target, rng)
     result = ProbeResult(prompts=len(prompts))
     limit = asyncio.Semaphore(settings.probe_concurrency)
-    begin = time.perf_counter()
     done = 0
 
     async def ask(prompt: ProbePrompt, url: str, more: dict[str, Any], who: str) -> Answer | None:
@@ -438,8 +502,11 @@ async def probe(session: aiohttp.ClientSession, settings: Settings, target: Targ
             if comparison.verdict == "different":
                 result.differences.append(f"{prompt.name}: {comparison.detail}")
 
+    before = await decoder_counters(session, settings)
+    begin = time.perf_counter()
     await _with_progress(run(), lambda: f"probe: {done} of {2 * len(prompts)} answers, {len(result.errors)} errors")
     result.duration_s = time.perf_counter() - begin
+    result.decoder = counted(before, await decoder_counters(session, settings))
     return result
 
 
@@ -461,6 +528,10 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
 def _package_version(*names: str) -> str | None:
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -468,25 +539,36 @@ def _package_version(*names: str) -> str | None:
     return None
 
 
-def _reuse(answers: Iterable[Answer]) -> tuple[int, int, float | None, int]:
-    """Prompt tokens, reused tokens, their part of the reusable ones (None without any), fully reused requests."""
+def _reuse(answers: Iterable[Answer], by_choice: float) -> tuple[int, int, float | None, int]:
+    """Prompt tokens, reused tokens, their part of the reusable ones (None without any), fully reused requests.
+
+    Args:
+        by_choice: tokens that the decoder could have loaded and chose to compute; they do not count as reusable.
+    """
     complete_ones = [answer for answer in answers if answer.error is None]
     reusable = sum(answer.reusable_tokens for answer in complete_ones)
     reused = sum(answer.reused_tokens for answer in complete_ones)
     full = sum(answer.reused_tokens >= answer.reusable_tokens for answer in complete_ones)
     # Rounded down: a ratio of 1.0 in the summary means that nothing was missing.
+    reusable = max(reusable - round(by_choice), reused)
     ratio = math.floor(reused / reusable * 10000) / 10000 if reusable else None
     return sum(answer.prompt_tokens for answer in complete_ones), reused, ratio, full
 
 
 def summarise(
-    settings: Settings, target: Target, load_result: LoadResult, probe_result: ProbeResult, seed: int
+    settings: Settings,
+    target: Target,
+    load_result: LoadResult,
+    probe_result: ProbeResult,
+    seed: int,
+    calibrated: float | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json. `errors` counts failed requests of the load and of the probe."""
     answers = load_result.answers
     complete_ones = [answer for answer in answers if answer.error is None]
-    prompt_tokens, reused, ratio, full = _reuse(answers)
-    probe_tokens, probe_reused, probe_ratio, _ = _reuse(probe_result.answers)
+    told, probe_told = load_result.decoder, probe_result.decoder
+    prompt_tokens, reused, ratio, full = _reuse(answers, told.get("recomputed_tokens", 0))
+    probe_tokens, probe_reused, probe_ratio, _ = _reuse(probe_result.answers, probe_told.get("recomputed_tokens", 0))
     proxied = [*complete_ones, *probe_result.answers]
     ttft = [answer.ttft_ms for answer in complete_ones if answer.ttft_ms is not None]
     itl = [gap for answer in complete_ones for gap in answer.itl_ms]
@@ -499,7 +581,18 @@ def summarise(
         "reused_tokens": reused,
         "reuse_ratio": ratio,
         "full_reuse_requests": full,
-        "external_reused_tokens": load_result.external_reused_tokens,
+        "external_reused_tokens": _whole(told.get("external_hits")),
+        "kv_load": settings.kv_load,
+        "kv_load_requests": _whole(told.get("load_requests")),
+        "kv_recompute_requests": _whole(told.get("recompute_requests")),
+        "kv_loaded_tokens": _whole(told.get("loaded_tokens")),
+        "kv_recomputed_tokens": _whole(told.get("recomputed_tokens")),
+        "kv_load_s": _rounded(told.get("load_s"), 4),
+        "kv_load_tokens_per_s": _rate(told, "loaded_tokens", "load_s"),
+        "kv_compute_tokens": _whole(told.get("compute_tokens")),
+        "kv_compute_s": _rounded(told.get("compute_s"), 4),
+        "kv_compute_tokens_per_s": _rate(told, "compute_tokens", "compute_s"),
+        "kv_calibration_tokens_per_s": calibrated,
         "output_tokens": sum(answer.completion_tokens for answer in complete_ones),
         "outputs_match": probe_result.outputs_match,
         "probe_prompts": probe_result.prompts,
@@ -507,6 +600,8 @@ def summarise(
         "probe_prompt_tokens": probe_tokens,
         "probe_reused_tokens": probe_reused,
         "probe_reuse_ratio": probe_ratio,
+        "probe_kv_load_requests": _whole(probe_told.get("load_requests")),
+        "probe_kv_recompute_requests": _whole(probe_told.get("recompute_requests")),
         "probe_duration_s": round(probe_result.duration_s, 3),
         "near_ties": probe_result.near_ties,
         "max_logprob_diff": round(probe_result.max_logprob_diff, 6),
@@ -561,7 +656,7 @@ def find_failures(
         lines.append("the decoder does not tell reused tokens: start it with --enable-prompt-tokens-details")
     for key, what in (("reuse_ratio", "load"), ("probe_reuse_ratio", "probe")):
         ratio = summary[key]
-        if ratio is not None and ratio < settings.min_reuse_ratio:
+        if settings.kv_load != "never" and ratio is not None and ratio < settings.min_reuse_ratio:
             lines.append(f"{what}: reuse ratio {ratio:g} is below --min-reuse-ratio {settings.min_reuse_ratio:g}")
     return lines
 
@@ -581,6 +676,16 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
     def ratio(key: str) -> str:
         return "-" if summary[key] is None else f"{summary[key]:.2%}"
 
+    def chosen(prefix: str = "") -> str:
+        loads, recomputes = summary[f"{prefix}kv_load_requests"], summary[f"{prefix}kv_recompute_requests"]
+        return "-" if loads is None else f"{loads:,} requests loaded, {recomputes:,} recomputed by choice"
+
+    def took(what: str, seconds: str, rate: str) -> str:
+        return f"{value(what)} tokens in {value(seconds)} s, {value(rate)} tokens/s"
+
+    computed = took("kv_compute_tokens", "kv_compute_s", "kv_compute_tokens_per_s")
+    if summary["kv_calibration_tokens_per_s"] is not None:
+        computed += f" ({value('kv_calibration_tokens_per_s')} tokens/s in the calibration)"
     match = "yes" if summary["outputs_match"] else "NO"
     if colour:
         match = f"\033[{'32' if summary['outputs_match'] else '31'}m{match}\033[0m"
@@ -597,7 +702,11 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
         ("prompt tokens", value("prompt_tokens")),
         ("reused tokens", f"{value('reused_tokens')} ({ratio('reuse_ratio')} of those reusable)"),
         ("fully reused", f"{value('full_reuse_requests')} of {value('requests')} requests"),
+        (f"KV load {summary['kv_load']}", chosen()),
+        ("loaded", took("kv_loaded_tokens", "kv_load_s", "kv_load_tokens_per_s")),
+        ("computed", computed),
         ("probe, reused tokens", f"{value('probe_reused_tokens')} ({ratio('probe_reuse_ratio')} of those reusable)"),
+        ("probe, KV load", chosen("probe_")),
         ("outputs match", f"{match}: {value('probe_compared')} prompts compared, {value('near_ties')} near ties"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -605,6 +714,12 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
 
 
 # --- one run
+
+
+async def _run_calibration(settings: Settings, seed: int) -> float | None:
+    async with new_session() as session:
+        target = await _with_progress(inspect_target(session, settings), lambda: "waiting for the prefiller")
+        return await _with_progress(calibrate(session, settings, target, seed), lambda: "calibrating")
 
 
 async def _run(settings: Settings, seed: int) -> tuple[dict[str, Any], list[str]]:
@@ -620,13 +735,16 @@ async def _run(settings: Settings, seed: int) -> tuple[dict[str, Any], list[str]
             )
         if settings.probe == "on" and 0 < target.max_model_len < settings.probe_output_len + 2:
             raise UsageError(f"--probe-output-len does not fit the model's {target.max_model_len} tokens")
+        calibrated = None
+        if settings.kv_load == "auto" and settings.calibrate != "off":
+            calibrated = await _with_progress(calibrate(session, settings, target, seed), lambda: "calibrating")
         rng = random.Random(seed)
         load_result = await load(session, settings, target, rng) if settings.num_prompts else LoadResult()
         answers = load_result.answers
         probe_result = ProbeResult()
         if settings.probe == "on" and not (answers and all(answer.error for answer in answers)):
             probe_result = await probe(session, settings, target, rng)
-    summary = summarise(settings, target, load_result, probe_result, seed)
+    summary = summarise(settings, target, load_result, probe_result, seed, calibrated)
     return summary, find_failures(settings, summary, answers, probe_result)
 
 
@@ -685,7 +803,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
             help=text.replace("%", "%%"),
         )
     settings = Settings(**vars(parser.parse_args(arguments)))
-    if settings.num_prompts == 0 and settings.probe == "off":
+    if settings.num_prompts == 0 and settings.probe == "off" and settings.calibrate != "only":
         parser.error("--num-prompts 0 with --probe off leaves nothing to do")
     return settings
 
@@ -693,6 +811,10 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     settings = parse_settings(arguments)
     try:
+        if settings.calibrate == "only":
+            rate = asyncio.run(_run_calibration(settings, secrets.randbelow(2**32)))
+            print("calibration: " + ("not told by the decoder" if rate is None else f"{rate:,} tokens/s"), flush=True)
+            return 0
         settings.run_dir.mkdir(parents=True, exist_ok=True)
         summary = run(settings)
         path = write_summary(settings.run_dir, summary)

@@ -22,9 +22,11 @@ from lmcache.integration.vllm.vllm_v1_adapter import (
 from lmcache.v1.protocol import MAX_KEY_LENGTH
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from disagg_prefill_lmcache_v1 import kv_connector
+from disagg_prefill_lmcache_v1 import kv_connector, kv_meter
 from disagg_prefill_lmcache_v1.kv_connector import LMCacheDisaggConnectorV1, PagedKVConnector, PutTracker
 from disagg_prefill_lmcache_v1.kv_layout import UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv_meter import Meter
+from disagg_prefill_lmcache_v1.kv_policy import LOADS_TRUSTED, LoadBook, LoadPolicy, StepNote
 
 BLOCK, CHUNK = 32, 64
 
@@ -185,6 +187,207 @@ def test_missing_tokens_are_reported_when_counts_would_hide_them():
 
 def test_blocks_that_vllm_had_are_never_reported():
     assert checked(64, cached=96) == {13, 14, 15, 16}
+
+
+# the choice to load
+
+
+class Lookup:
+    """LMCache's lookup client: what it finds is a setting."""
+
+    def __init__(self, found):
+        self.found, self.asked = found, 0
+
+    def lookup_cache(self, lookup_id):
+        return -1
+
+    def lookup(self, tokens, lookup_id, request_configs=None):
+        self.asked += 1
+        return self.found
+
+    def clear_lookup_status(self, lookup_id):
+        pass
+
+    def supports_producer_reuse(self):
+        return True
+
+
+class Scheduler:
+    """LMCache's real scheduler side with a request that is new and, after a preemption, comes back."""
+
+    def __init__(self, loads, found, prompt_len=300, role="kv_consumer"):
+        impl = object.__new__(LMCacheConnectorV1Impl)
+        vars(impl).update(
+            kv_role=role, load_specs={}, _requests_priority={}, skip_last_n_tokens=0, _max_tokens_per_load=0,
+            _unfinished_requests={}, _request_trackers={}, _block_size=BLOCK, _lmcache_chunk_size=CHUNK,
+            _discard_partial_chunks=False, force_skip_save=False, async_loading=False,
+            config=SimpleNamespace(
+                min_retrieve_tokens=0, priority_limit=None, save_decode_cache=False,
+                get_extra_config_value=lambda name, default: default,
+            ),
+            _manager=SimpleNamespace(lookup_client=Lookup(found), lmcache_engine=None),
+        )  # fmt: skip
+        self.connector = object.__new__(LMCacheDisaggConnectorV1)
+        self.connector._lmcache_engine, self.connector._announcer, self.connector._role_name = impl, Heard(), role
+        self.book = self.connector._book = LoadBook(LoadPolicy("always" if loads else "never"))
+        self.impl = impl
+        self.request = SimpleNamespace(
+            request_id="r", all_token_ids=list(range(prompt_len)), prompt_token_ids=list(range(prompt_len)),
+            num_tokens=prompt_len, num_prompt_tokens=prompt_len, sampling_params=SimpleNamespace(extra_args=None),
+            num_computed_tokens=0, mm_features=[], kv_transfer_params=None, status="running",
+        )  # fmt: skip
+
+    def schedule(self, cached=0, resumed=False):
+        """One step that schedules the whole prompt; the metadata for the workers, and the tokens to load."""
+        request, connector = self.request, self.connector
+        tokens, _ = connector.get_num_new_matched_tokens(request, cached)
+        again, _ = connector.get_num_new_matched_tokens(request, cached)  # it had to wait
+        assert again == tokens
+        connector.update_state_after_alloc(request, None, tokens)
+        request.num_computed_tokens = cached + tokens
+        new = SimpleNamespace(
+            req_id="r", prompt_token_ids=request.prompt_token_ids, block_ids=(list(range(20)),),
+            num_computed_tokens=cached + tokens, sampling_params=request.sampling_params, mm_features=[],
+        )  # fmt: skip
+        olds = SimpleNamespace(
+            req_ids=["r"] if resumed else [], resumed_req_ids={"r"} if resumed else set(),
+            new_block_ids=[(list(range(20)),)], num_computed_tokens=[cached + tokens],
+        )  # fmt: skip
+        output = SimpleNamespace(
+            finished_req_ids=set(), scheduled_new_reqs=[] if resumed else [new], scheduled_cached_reqs=olds,
+            num_scheduled_tokens={"r": request.num_tokens - cached - tokens},
+        )  # fmt: skip
+        return connector.build_connector_meta(output), tokens
+
+
+def test_a_request_that_loads_is_as_without_a_policy():
+    scheduler = Scheduler(True, found=300)
+    meta, tokens = scheduler.schedule()
+    assert tokens == 299
+    assert meta.requests[0].load_spec.can_load
+    assert (meta.load_note.compute_tokens, meta.load_note.released) == (0, [])
+    assert scheduler.connector.get_kv_connector_stats().data == {"loads": 1}
+
+
+@pytest.mark.parametrize("role", ["kv_consumer", "kv_producer"])
+def test_a_request_that_computes_loads_nothing_and_leaves_nothing_behind(role):
+    scheduler = Scheduler(False, found=256, role=role)
+    meta, tokens = scheduler.schedule(cached=64)
+    assert tokens == 0
+    assert all(not request.load_spec or not request.load_spec.can_load for request in meta.requests)
+    assert (meta.load_note.compute_tokens, meta.load_note.released) == (236, ["r"])
+    assert scheduler.connector.get_kv_connector_stats().data == {"recomputes": 1, "recomputed_tokens": 192}
+    assert scheduler.impl.load_specs == {}
+    if role == "kv_producer":
+        saved = [request.save_spec for request in meta.requests if request.save_spec.can_save]
+        assert [spec.skip_leading_tokens for spec in saved] == [0], "stored whole, as if the store had nothing"
+    scheduler.connector.request_finished(scheduler.request, [])
+    assert scheduler.book._choices == {}
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_preempted_request_comes_back(loads):
+    scheduler = Scheduler(loads, found=256)
+    scheduler.schedule()
+    meta, tokens = scheduler.schedule(cached=64, resumed=True)  # LMCache checks the count of tokens itself
+    assert tokens == (192 if loads else 0)
+    assert meta.load_note.compute_tokens == (0 if loads else 236)  # the 44 left are too few to be measured
+    assert len(scheduler.connector.get_kv_connector_stats().data) == (1 if loads else 2)
+
+
+def test_what_the_store_lacks_is_no_choice():
+    scheduler = Scheduler(False, found=0)
+    meta, tokens = scheduler.schedule()
+    assert (tokens, meta.load_note.released, meta.load_note.compute_tokens) == (0, [], 300)
+    assert scheduler.connector.get_kv_connector_stats() is None
+
+
+def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
+    scheduler = Scheduler(True, found=300)
+    meta, _ = scheduler.schedule()
+    worker = object.__new__(LMCacheDisaggConnectorV1)
+    unpinned = []
+    engine = SimpleNamespace(
+        retrieve=lambda tokens, mask=None, **kwargs: torch.ones(len(tokens), dtype=torch.bool),
+        lookup_unpin=unpinned.append,
+    )
+    worker._lmcache_engine = SimpleNamespace(
+        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
+    )
+    worker._meter, worker._tracker = Meter("cpu"), None
+    worker._watch_loads(engine)
+    meta.load_note.compute_tokens, meta.load_note.released = 300, ["q"]
+    scheduler.book._steps[meta.load_note.number] = [(300, 300)]
+    worker.bind_connector_metadata(meta)
+    engine.retrieve([0] * 300, None, vllm_cached_tokens=44, req_id="r", slot_mapping=torch.arange(300))
+    worker.wait_for_save()
+    assert unpinned == ["q"]
+    output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+    scheduler.connector.update_connector_output(output)
+    assert output.kv_connector_stats is None, "what the workers measured is for the scheduler alone"
+    totals = scheduler.connector.get_kv_connector_stats().data
+    assert (totals["loads"], totals["loaded_tokens"], totals["compute_tokens"]) == (1, 256, 300)
+    assert totals["load_seconds"] > 0
+    assert scheduler.connector.get_kv_connector_stats() is None
+    assert worker.get_kv_connector_stats() is None
+
+
+def test_slow_loads_make_auto_compute(monkeypatch):
+    """Requests one after the other, each measured by a worker: loads take 2 ms a token, computing takes 1 ms."""
+    clock = SimpleNamespace(now=0.0)
+    clock.mark, clock.seconds = lambda: clock.now, lambda begin, end: end - begin
+    monkeypatch.setattr(kv_meter, "make_clock", lambda device: clock)
+
+    def retrieve(tokens, mask=None, **kwargs):
+        clock.now += 0.002 * len(tokens)
+        return torch.ones(len(tokens), dtype=torch.bool)
+
+    engine = SimpleNamespace(retrieve=retrieve, lookup_unpin=lambda request_id: None)
+    worker = object.__new__(LMCacheDisaggConnectorV1)
+    worker._lmcache_engine = SimpleNamespace(
+        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
+    )
+    worker._meter, worker._tracker = Meter("any"), None
+    worker._watch_loads(engine)
+    book = LoadBook(LoadPolicy("auto"))
+    book.policy.record_compute(256, 0.256)  # the calibration
+    loaded = []
+    for _ in range(10):
+        scheduler = Scheduler(True, found=300)
+        scheduler.connector._book = book
+        meta, tokens = scheduler.schedule()
+        worker.bind_connector_metadata(meta)
+        if tokens:
+            engine.retrieve([0] * 300, None, req_id="r")
+        clock.now += 0.001 * (300 - tokens)
+        worker.wait_for_save()
+        output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+        scheduler.connector.update_connector_output(output)
+        scheduler.connector.request_finished(scheduler.request, [])
+        loaded.append(tokens)
+    assert loaded == [299] * LOADS_TRUSTED + [0] * (10 - LOADS_TRUSTED)
+    totals = scheduler.connector.get_kv_connector_stats().data
+    assert totals == {
+        "loads": 3,
+        "loaded_tokens": 900,
+        "load_seconds": pytest.approx(1.8),
+        "recomputes": 7,
+        "recomputed_tokens": 7 * 299,
+        "compute_tokens": 2100,
+        "compute_seconds": pytest.approx(2.1),
+    }
+
+
+def test_an_incomplete_load_is_no_measurement():
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
+    connector._meter = Meter("cpu")
+    engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: torch.zeros(len(tokens), dtype=torch.bool))
+    connector._watch_loads(engine)
+    connector._meter.step_begin(StepNote(1, 0))
+    engine.retrieve([0] * 64, None, req_id="r", slot_mapping=torch.arange(64))
+    (load,) = connector.get_kv_connector_stats().data["load_times"].values()
+    assert load[2] == 0
 
 
 # visibility

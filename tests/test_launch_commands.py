@@ -248,6 +248,20 @@ def test_serve_has_no_load(launch: Launch) -> None:
     assert "load" not in dry_run(launch, "--device=cpu", DISAGG_SERVE="1")
 
 
+@pytest.mark.parametrize("mode", ["auto", "always", "never"])
+def test_both_servers_and_the_load_know_whether_to_load_kv(launch: Launch, mode: str) -> None:
+    flags = [] if mode == "auto" else [f"--kv-load={mode}"]
+    commands = dry_run(launch, "--device=cpu", *flags, DISAGG_KV_LOAD="never" if mode == "always" else "")
+    assert [commands[role][0]["DISAGG_KV_LOAD"] for role in ("prefiller", "decoder")] == [mode, mode]
+    assert option(commands["load"][1], "--kv-load") == mode
+    assert "--calibrate" not in commands["load"][1]
+    served = dry_run(launch, "--device=cpu", "--serve", *flags)
+    assert ("calibration" in served) is (mode == "auto")
+    if mode == "auto":
+        assert option(served["calibration"][1], "--calibrate") == "only"
+        assert option(served["calibration"][1], "--decoder-url") == "http://127.0.0.1:8200"
+
+
 @pytest.mark.parametrize("script", [EXAMPLE, LAUNCHER])
 def test_tp2_scripts_only_set_the_size(launch: Launch, script: str) -> None:
     roles = [] if script == EXAMPLE else ["decoder"]

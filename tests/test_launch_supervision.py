@@ -227,7 +227,8 @@ def test_serve_prints_a_request_and_stays(launch: Launch) -> None:
     line = process.stdout.readline()
     assert re.match(rf"curl http://127\.0\.0\.1:{launch.ports['proxy']}/v1/completions ", line)
     assert process.poll() is None
-    assert not launch.has_record("load")
+    assert option(launch.record("load")["argv"], "--calibrate") == "only"
+    assert "stand-in load runs" in (launch.run_dir / "calibration.log").read_text()
     process.send_signal(signal.SIGTERM)
     assert launch.finish(process).returncode == 143
 

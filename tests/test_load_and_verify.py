@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class MockVllm:
         )  # another second token; chats have minus their size
         self.wrong_logprob = 0.0
         self.runner_up = -0.3  # log-probability of the token that `wrong_for` gives; the right one has -0.2
+        self.computes: Callable[[int], bool] = lambda prompt_tokens: False  # what the store has, by choice
         self.kv_headers: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
         self.url = ""
@@ -124,7 +126,25 @@ class MockVllm:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         hits = 1000 + 49 * sum("logprobs" not in body for body in self.bodies)
-        return web.Response(text=f'# TYPE x\n{load_and_verify.EXTERNAL_HITS_METRIC}{{engine="0"}} {hits}.0\nother 5\n')
+        lines = ["# TYPE x", f'{load_and_verify.EXTERNAL_HITS_METRIC}{{engine="0"}} {hits}.0', "other 5"]
+        counts = dict.fromkeys(load_and_verify.DECODER_COUNTERS, 0.0)
+        for body in self.bodies:
+            tokens = len(body["prompt"]) if "prompt" in body else len(json.dumps(body["messages"]))
+            new = "cache_salt" in body  # the store does not have it
+            if new or self.computes(tokens):
+                counts["compute_tokens"] += tokens
+                counts["compute_s"] += tokens / 1000
+                counts["recompute_requests"] += not new
+                counts["recomputed_tokens"] += 0 if new else tokens - 1
+            else:
+                counts["load_requests"] += 1
+                counts["loaded_tokens"] += tokens
+                counts["load_s"] += tokens / 20000
+        for name, (metric, label) in load_and_verify.DECODER_COUNTERS.items():
+            if name != "external_hits":
+                labels = 'engine="0",' + (label or 'x="y z"')
+                lines += [f"# HELP {metric} text", f"{metric}{{{labels}}} {counts[name]}"]
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def serve(self) -> None:
         app = web.Application(client_max_size=1 << 24)
@@ -256,6 +276,82 @@ def test_reuse_below_the_threshold_fails(mocks, cached, ratio, full, passes) -> 
         assert summary["failures"] == [f"load: reuse ratio {ratio:g} is below --min-reuse-ratio 0.99"]
         assert summary["outputs_match"] is True
     assert run(mocks, min_reuse_ratio=0)["failures"] == []
+
+
+def mock_choices(mocks: tuple[MockVllm, MockVllm], computes: Callable[[int], bool]) -> dict[str, Any]:
+    """The proxy's mock plays the decoder too; what it computes, it does not reuse."""
+    mocks[0].computes = computes
+    mocks[0].cached = lambda tokens: 0 if computes(tokens) else tokens - 1
+    return {"decoder_url": mocks[0].url}
+
+
+def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="always", **mock_choices(mocks, lambda tokens: False))
+    assert summary["failures"] == []
+    told = {name: summary[name] for name in summary if name.startswith(("kv_lo", "kv_re", "kv_co", "kv_ca"))}
+    assert told == {
+        "kv_load": "always",
+        "kv_load_requests": 5,
+        "kv_recompute_requests": 0,
+        "kv_loaded_tokens": 250,
+        "kv_recomputed_tokens": 0,
+        "kv_load_s": 0.0125,
+        "kv_load_tokens_per_s": 20000,
+        "kv_compute_tokens": 0,
+        "kv_compute_s": 0,
+        "kv_compute_tokens_per_s": None,
+        "kv_calibration_tokens_per_s": None,
+    }
+    assert summary["probe_kv_load_requests"] == summary["probe_prompts"]
+    table = load_and_verify.format_table(summary)
+    assert re.search(r"KV load always +5 requests loaded, 0 recomputed by choice", table)
+    assert re.search(r"loaded +250 tokens in 0.0125 s, 20,000.0 tokens/s", table)
+
+
+def test_never_to_load_is_no_missing_reuse(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="never", **mock_choices(mocks, lambda tokens: True))
+    assert summary["failures"] == []
+    assert (summary["reused_tokens"], summary["reuse_ratio"], summary["full_reuse_requests"]) == (0, None, 0)
+    assert (summary["kv_load_requests"], summary["kv_recompute_requests"]) == (0, 5)
+    assert (summary["kv_recomputed_tokens"], summary["kv_compute_tokens_per_s"]) == (245, 1000)
+    assert "5 recomputed by choice" in load_and_verify.format_table(summary)
+    # without its counters the mode alone excuses it
+    assert run(mocks, kv_load="never")["failures"] == []
+    assert len(run(mocks, kv_load="always")["failures"]) == 2
+
+
+def test_auto_is_held_to_what_it_chose_to_load(mocks: tuple[MockVllm, MockVllm]) -> None:
+    changes = mock_choices(mocks, lambda tokens: tokens < 200)  # all of the load, a part of the probe
+    summary = run(mocks, kv_load="auto", calibrate="off", **changes)
+    assert summary["failures"] == []
+    assert (summary["reuse_ratio"], summary["probe_reuse_ratio"]) == (None, 1.0)
+    assert 0 < summary["probe_kv_recompute_requests"] < summary["probe_prompts"]
+    assert 0 < summary["probe_kv_load_requests"] < summary["probe_prompts"]
+    mocks[0].cached = lambda tokens: 0 if tokens < 200 or tokens == 300 else tokens - 1  # 300: wanted, and not there
+    summary = run(mocks, kv_load="auto", calibrate="off", **changes)
+    assert len(summary["failures"]) == 1
+    assert summary["failures"][0].startswith("probe: reuse ratio 0.")
+
+
+def test_auto_is_calibrated_and_that_does_not_count(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="auto", input_len=400, probe="off", **mock_choices(mocks, lambda tokens: False))
+    first = mocks[0].bodies[:3]
+    assert [len(body["prompt"]) for body in first] == [256, 256, 400]
+    assert all(body["max_tokens"] == 1 and body["kv_transfer_params"]["lmcache.skip_save"] for body in first)
+    assert len({body["cache_salt"] for body in first}) == 3
+    assert len(mocks[0].bodies) == 3 + 5
+    assert (summary["requests"], summary["prompt_tokens"], summary["kv_compute_tokens"]) == (5, 2000, 0)
+    assert summary["kv_calibration_tokens_per_s"] == 1000
+    assert "1,000.0 tokens/s in the calibration" in load_and_verify.format_table(summary)
+    for changes in ({"kv_load": "always"}, {"kv_load": "auto", "calibrate": "off"}):
+        mocks[0].bodies.clear()
+        run(mocks, probe="off", decoder_url=mocks[0].url, **changes)
+        assert len(mocks[0].bodies) == 5
+
+
+def test_a_decoder_that_cannot_be_calibrated_is_an_error(mocks: tuple[MockVllm, MockVllm]) -> None:
+    with pytest.raises(load_and_verify.LoadError, match=r"calibration: cannot connect to http://127\.0\.0\.1:9"):
+        run(mocks, kv_load="auto")
 
 
 def test_a_decoder_that_does_not_tell_reuse_is_named(mocks: tuple[MockVllm, MockVllm]) -> None:
@@ -427,6 +523,8 @@ def test_the_command(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
     assert "outputs match" in done.stdout
     assert "\033" not in done.stdout
     assert "seed 1" in done.stderr
+    done = command(*arguments, "--decoder-url", mocks[0].url, "--calibrate", "only", "--run-dir", "/dev/null/unused")
+    assert (done.returncode, done.stdout) == (0, "calibration: 1,000.0 tokens/s\n"), done.stderr
     mocks[0].wrong_for = lambda prompt_tokens: prompt_tokens == 33
     done = command(*arguments)
     assert done.returncode == 1
@@ -442,6 +540,7 @@ def test_the_command(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
         (["--request-rate", "-1"], 2, "--request-rate"),
         (["--proxy-url", "localhost:1"], 2, "--proxy-url"),
         (["--arrival", "never"], 2, "--arrival"),
+        (["--kv-load", "sometimes"], 2, "--kv-load"),
         (["--num-prompts", "0", "--probe", "off"], 2, "--num-prompts"),
         (["--unknown"], 2, "--unknown"),
         (["--prefiller-url", "http://127.0.0.1:9"], 1, "the prefiller does not answer"),

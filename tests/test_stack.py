@@ -199,7 +199,8 @@ class Stack:
         self.command = [
             "bash", str(PACKAGE / script), "--device=cpu", f"--run-dir={folder}", f"--model={model}",
             f"--served-model-name={MODEL}", f"--max-model-len={MAX_MODEL_LEN}", f"--proxy-port={self.proxy}",
-            f"--prefiller-port={self.prefiller}", f"--decoder-port={self.decoder}", f"--kv-port={self.kv}", *flags,
+            f"--prefiller-port={self.prefiller}", f"--decoder-port={self.decoder}", f"--kv-port={self.kv}",
+            "--kv-load=always", *flags,
         ]  # fmt: skip
 
     def run(self, **environment: str) -> int:
@@ -252,22 +253,29 @@ def left_running(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("script", "backend"),
+    ("script", "backend", "kv_load"),
     [
-        ("disagg_example_gaudi_lm.sh", "lm"),
-        ("disagg_example_gaudi_lm_tp2.sh", "shm"),
-        ("disagg_example_gaudi_lm_tp2.sh", "redis"),
+        ("disagg_example_gaudi_lm.sh", "lm", "always"),
+        ("disagg_example_gaudi_lm_tp2.sh", "shm", "auto"),
+        ("disagg_example_gaudi_lm_tp2.sh", "redis", "always"),
     ],
 )
-def test_the_example_passes(script, backend, model_folder, tmp_path):
+def test_the_example_passes(script, backend, kv_load, model_folder, tmp_path):
     ranks = 2 if "tp2" in script else 1
     flags = ("--num-prompts=8", "--request-rate=2", "--input-len=300", "--output-len=8", f"--backend={backend}")
+    flags += (f"--kv-load={kv_load}",)
     stack = Stack(tmp_path, model_folder, *flags, script=script)
     assert stack.run() == 0, stack.text
     summary = stack.summary
     assert (summary["requests"], summary["errors"], summary["outputs_match"]) == (8, 0, True)
-    assert summary["full_reuse_requests"] == 8
-    assert summary["reuse_ratio"] == 1
+    loaded, computed = summary["kv_load_requests"], summary["kv_recompute_requests"]
+    assert loaded + computed == 8
+    assert loaded == 8 or kv_load == "auto"  # which loses nothing by it
+    assert summary["full_reuse_requests"] == loaded
+    assert summary["reuse_ratio"] == (1 if loaded else None)
+    assert summary["kv_loaded_tokens"] == 300 * loaded
+    assert (summary["kv_load_tokens_per_s"] or 0) > 0 or loaded == 0
+    assert (summary["kv_calibration_tokens_per_s"] is not None) is (kv_load == "auto")
     assert (summary["backend"], summary["tensor_parallel_size"], summary["device"]) == (backend, ranks, "cpu")
     for name in ("prefiller", "decoder", "proxy", "kv_server"):
         assert (tmp_path / f"{name}.log").exists()
