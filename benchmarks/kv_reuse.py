@@ -2,7 +2,7 @@
 
     python benchmarks/kv_reuse.py [--requests 200] [--concurrency 8] [--lengths 500 2000] [--json FILE]
 
-Against a running stack (disagg_example_gaudi_lm.sh --serve):
+Against a running stack (disagg_example_gaudi_lm.sh --serve --kv-load always):
 
 1. requests of 2 to 2,500 prompt tokens through the proxy: answered, fully reused, how long an answer was held for the
    KV cache to become visible, and how long the transfer itself took;

@@ -261,6 +261,8 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         self._copy = _choose_copy(vllm_config)
         if role == KVConnectorRole.WORKER:
             self._meter = Meter(vllm_config.device_config.device.type)
+            if vllm_config.device_config.device.type == "hpu":
+                _report_everything(self)
             self._make_engine(vllm_config)
         else:
             policy = LoadPolicy(mode_from_environment())
@@ -572,6 +574,24 @@ def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
     """Raise ValueError if prompts may be embeddings: LMCache would end the engine at the first one."""
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
+
+
+def _report_everything(connector: LMCacheDisaggConnectorV1) -> None:
+    """Let a step's output carry what the connector has to say.
+
+    The Gaudi plugin's model runner fills in finished transfers alone: blocks that could not be loaded would be used as
+    they are, and measurements would be lost. What a runner fills in itself stays.
+    """
+    from vllm.v1.outputs import KVConnectorOutput
+
+    fill_in = KVConnectorOutput.__init__
+
+    def fill_in_all(self: Any, *args: Any, **kwargs: Any) -> None:
+        fill_in(self, *args, **kwargs)
+        self.kv_connector_stats = self.kv_connector_stats or connector.get_kv_connector_stats()
+        self.invalid_block_ids = self.invalid_block_ids or connector.get_block_ids_with_load_errors()
+
+    KVConnectorOutput.__init__ = fill_in_all  # type: ignore[method-assign]
 
 
 def _choose_copy(vllm_config: VllmConfig) -> str:

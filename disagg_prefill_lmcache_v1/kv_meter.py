@@ -13,10 +13,13 @@ from collections import deque
 from typing import Any
 
 import torch
+from lmcache.logging import init_logger
 from prometheus_client import REGISTRY, Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from disagg_prefill_lmcache_v1.kv_policy import TOTALS, StepNote, merge
+
+logger = init_logger(__name__)
 
 MEASURED = ("step_times", "load_times")
 NAMES = {
@@ -122,8 +125,13 @@ def make_clock(device: str) -> _HostClock | _StreamClock | None:
     """For "cpu", "cuda", "hpu"; None where a card's time cannot be told."""
     if device == "cpu":
         return _HostClock()
-    module = getattr(torch, device, None)
-    return _StreamClock(module) if hasattr(module, "Event") else None
+    clock = _StreamClock(getattr(torch, device, None))
+    try:
+        clock.seconds(clock.mark(), clock.mark())
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        logger.warning("KV loads and computing are not measured: no timed events on %s (%s)", device, error)
+        return None
+    return clock
 
 
 class Meter:

@@ -332,6 +332,23 @@ def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
     assert worker.get_kv_connector_stats() is None
 
 
+def test_a_runner_that_reports_only_transfers_is_helped(monkeypatch):
+    from vllm.v1.outputs import KVConnectorOutput
+
+    monkeypatch.setattr(KVConnectorOutput, "__init__", KVConnectorOutput.__init__)
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=lambda: {3, 4})
+    connector._meter = Meter("cpu")
+    connector._meter.step_begin(StepNote(1, 300))
+    connector._meter.step_end()
+    kv_connector._report_everything(connector)
+    output = KVConnectorOutput(finished_sending=None, finished_recving={"r"})
+    assert (output.finished_recving, output.invalid_block_ids) == ({"r"}, {3, 4})
+    assert list(output.kv_connector_stats.data) == ["step_times"]
+    own = KVConnectorOutput(invalid_block_ids={5})
+    assert (own.invalid_block_ids, own.kv_connector_stats) == ({5}, None)
+
+
 def test_slow_loads_make_auto_compute(monkeypatch):
     """Requests one after the other, each measured by a worker: loads take 2 ms a token, computing takes 1 ms."""
     clock = SimpleNamespace(now=0.0)
