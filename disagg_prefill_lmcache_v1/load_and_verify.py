@@ -681,7 +681,8 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
         return "-" if loads is None else f"{loads:,} requests loaded, {recomputes:,} recomputed by choice"
 
     def took(what: str, seconds: str, rate: str) -> str:
-        return f"{value(what)} tokens in {value(seconds)} s, {value(rate)} tokens/s"
+        per_second = "" if summary[rate] is None else f", {value(rate)} tokens/s"
+        return f"{value(what)} tokens in {value(seconds)} s{per_second}"
 
     computed = took("kv_compute_tokens", "kv_compute_s", "kv_compute_tokens_per_s")
     if summary["kv_calibration_tokens_per_s"] is not None:
