@@ -283,6 +283,7 @@ def test_the_two_roles_differ_by_data(model: Path) -> None:
         assert words[-2:] == ["--seed", "3"]
         assert variables["LMCACHE_CONFIG_FILE"].endswith("configs/lmcache-config-lm.yaml")
         assert variables["LMCACHE_REMOTE_URL"].startswith("lm://127.0.0.1:")
+        assert variables["DISAGG_KV_LOAD"] == "always"
         assert variables["HF_HUB_OFFLINE"] == "1"
         assert "VLLM_KV_TRANSFER_CONFIG" not in variables
         assert ("DISAGG_KV_VISIBILITY" in variables) is (role == "store")
