@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import hmac
 import itertools
 import json
@@ -276,6 +278,10 @@ class Proxy:
         }
         metrics.set("disagg_kv_degraded", to=0.0)
         self._tasks: list[asyncio.Task[Any]] = []
+        self._finished = self._last_finished = self._freed_at = 0  # counts of requests
+        self._malloc_trim = None
+        with contextlib.suppress(OSError, AttributeError):  # glibc only
+            self._malloc_trim = ctypes.CDLL(None).malloc_trim
 
     def start(self) -> None:
         """Begin the background work."""
@@ -304,6 +310,18 @@ class Proxy:
             self.decode.sweep(passed)
             if s.upstreams_file:
                 self._read_upstreams_again()
+            self._free_memory_at_rest()
+
+    def _free_memory_at_rest(self) -> None:
+        """Give memory back to the system once the last request has ended; while there are some, they would pay."""
+        values = self.metrics.values
+        at_rest = self._finished == self._last_finished and not values[self._in_prefill] + values[self._in_decode]
+        self._last_finished = self._finished
+        if at_rest and self._finished != self._freed_at:
+            self._freed_at = self._finished
+            gc.collect()
+            if self._malloc_trim is not None:
+                self._malloc_trim(0)
 
     def _read_upstreams_again(self) -> None:
         path = self.settings.upstreams_file
@@ -722,6 +740,7 @@ class Proxy:
         client.answer(error.status, lines, body)
 
     def _account(self, job: Job) -> None:
+        self._finished += 1
         total = time.perf_counter() - job.start
         metrics = self.metrics
         metrics.observe(self._e2e_index, total)

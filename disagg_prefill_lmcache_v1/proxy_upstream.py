@@ -462,7 +462,7 @@ class Connection(asyncio.Protocol):
         response, relay, waiter = self.response, self._relay, self._waiter
         parts, self._parts = self._parts, []
         response.complete = True
-        self._relay = self._raw = self._waiter = None
+        self._relay = self._raw = self._waiter = self.response = None  # an idle connection keeps no answer alive
         self.client.release(self, self._keep_alive)
         if relay is not None:
             relay.end()

@@ -413,6 +413,16 @@ def metric_of_time(made: Stack) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def test_memory_is_given_back_when_nothing_is_left_to_do() -> None:
+    with stack() as made:
+        assert post(made, COMPLETIONS, {"prompt": "x"}).status_code == 200
+        memory = made.proxy.resident_bytes()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            lengths = pool.map(lambda _: len(post(made, COMPLETIONS, {}, "decode.size=6000000").content), range(16))
+            assert min(lengths) > 6_000_000
+        wait_until(lambda: made.proxy.resident_bytes() < 1.1 * memory, f"memory is back at {memory} bytes")
+
+
 def test_a_reader_that_never_reads_is_ended() -> None:
     with stack("--stream-idle-timeout-s", "0.4") as made:
         body = b'{"prompt":"x","stream":true}'
