@@ -48,7 +48,8 @@ class Server:
         flag = {"kv-server": "--kv-port"}.get(role, f"--{role}-port")
         self.command = [
             "bash", str(PACKAGE / LAUNCHER), role, "--device=cpu", f"--model={model}", f"--served-model-name={MODEL}",
-            "--max-model-len=2048", f"--run-dir={run_dir}", f"--kv-port={kv_port}", f"{flag}={port}",
+            "--max-model-len=2048", "--kv-load=always", f"--run-dir={run_dir}", f"--kv-port={kv_port}",
+            f"{flag}={port}",
         ]  # fmt: skip
         self.log = run_dir / f"{name}.log"
         self.starts = 0
