@@ -88,6 +88,7 @@ def test_hpu_has_the_reference_defaults(launch: Launch) -> None:
             "PT_HPU_ENABLE_LAZY_COLLECTIVES": "true",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "PYTHONHASHSEED": "0",
+            "DISAGG_KV_WAIT_TIMEOUT": "60",
         }
         assert expected.items() <= environment.items()
         assert "HF_HUB_OFFLINE" not in environment
