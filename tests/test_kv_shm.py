@@ -29,7 +29,7 @@ from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendH
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from lmcache.v1.storage_backend.storage_manager import StorageManager
-from test_kv_store import CHUNK, HEAD_SIZE, HEADS, LAYERS, Client, Server, Staging, chunk, key, loop  # noqa: F401
+from test_kv_store import CHUNK, HEAD_SIZE, HEADS, LAYERS, Client, Server, Staging, chunk, key
 
 from disagg_prefill_lmcache_v1 import kv_shm, kv_shm_server, kv_store
 from disagg_prefill_lmcache_v1.kv_shm_server import ALIGNMENT, BUSY, NO_ROOM, PRESENT, Index, Space, parse_size
@@ -199,7 +199,7 @@ def server():
 
 
 @pytest.fixture
-def client(server, loop):  # noqa: F811
+def client(server, loop):
     client = Client(server, loop)
     yield client
     client(client.connector.close())
@@ -230,7 +230,7 @@ def values(client, keys):
     return found
 
 
-def test_staged_chunks_are_seen_when_they_are_committed(client, server, loop):  # noqa: F811
+def test_staged_chunks_are_seen_when_they_are_committed(client, server, loop):
     other = Client(server, loop)
     keys = some_keys(3)
     tensors, there = client.connector.stage(keys, [SHAPE, torch.Size((2, LAYERS, 5, 32)), SHAPE], torch.float32)
@@ -283,7 +283,7 @@ def test_a_full_store_drops_the_oldest_and_tells_where_it_cannot(client):
     assert client.connector.stats()["bytes"] <= SIZE
 
 
-def test_lmcaches_put_waits_for_another_writer_of_the_same_chunk(client, server, loop, monkeypatch):  # noqa: F811
+def test_lmcaches_put_waits_for_another_writer_of_the_same_chunk(client, server, loop, monkeypatch):
     other = Client(server, loop)
     asked = []
     exists = client.connector._exists
@@ -331,7 +331,7 @@ def test_a_chunk_is_removed_unless_somebody_uses_it(client):
     assert client.connector.stats()["bytes"] == 2 * CHUNK_BYTES
 
 
-def test_foreign_chunks_are_not_fetched(client, server, loop):  # noqa: F811
+def test_foreign_chunks_are_not_fetched(client, server, loop):
     foreign = Client(server, loop, kv_heads=HEADS + 1)
     keys = some_keys(3)
     shape = torch.Size((2, LAYERS, CHUNK, (HEADS + 1) * HEAD_SIZE))
@@ -386,7 +386,7 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
     assert len(remapped) == 1
 
 
-def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, server, loop, monkeypatch):  # noqa: F811
+def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, server, loop, monkeypatch):
     """The server is too slow for one answer: the connection is given up, but not what is being read and written."""
     read, written = some_keys(1), some_keys(1)
     store(client, read, 1.0)
@@ -433,7 +433,7 @@ def test_a_late_answer_is_never_taken_for_another_one(client, server, monkeypatc
 
 
 @pytest.mark.parametrize("lie", [{"inode": 1}, {"pid": 1 << 22}, {"fd": 1 << 20}, {"size": 1 << 30}], ids=str)
-def test_memory_that_is_not_the_servers_is_not_mapped(loop, lie):  # noqa: F811
+def test_memory_that_is_not_the_servers_is_not_mapped(loop, lie):
     """A server on another machine, or in another container: its process number means nothing here."""
     hello = msgspec.msgpack.encode((True, kv_shm_server.Segment(SIZE).describe() | lie))
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -533,7 +533,7 @@ def test_a_client_killed_while_writing_gives_its_room_back(client, server):
     assert values(client, keys) == [1.0] + [2.0] * 4
 
 
-def test_readers_and_writers_of_several_processes_under_eviction(client, server, loop):  # noqa: F811
+def test_readers_and_writers_of_several_processes_under_eviction(client, server, loop):
     """More chunks than there is room for, each filled with its own number; nobody may ever see another one's."""
     keys = some_keys(3 * ROOM)
     seconds, wrong, counts = 1.5, [], []
@@ -631,7 +631,7 @@ def autorelease():
         manager.close()
 
 
-def test_an_address_that_is_missing_or_wrong_is_told(loop, monkeypatch):  # noqa: F811
+def test_an_address_that_is_missing_or_wrong_is_told(loop, monkeypatch):
     monkeypatch.delenv(kv_shm.URL_VARIABLE, raising=False)
     with pytest.raises(ValueError, match=r"remote_storage_plugin\.shm\.url is '': allowed: shm://HOST:PORT"):
         kv_store.connect("plugin://shm", loop, Staging())

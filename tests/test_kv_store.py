@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 
@@ -102,26 +100,6 @@ import lmcache.v1.server.__main__ as server
 server.socket.socket = Reusing
 server.main()
 """
-
-
-@pytest.fixture(scope="module", params=["lm", "redis", "shm"])
-def server(request):
-    if request.param == "redis" and not shutil.which("redis-server"):
-        pytest.skip("redis-server is not installed")
-    server = Server(request.param)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def loop():
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
 
 
 class Client:

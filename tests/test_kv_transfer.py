@@ -134,26 +134,6 @@ class Side:
         asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result(10)
 
 
-@pytest.fixture(scope="module", params=["lm", "redis", "shm"])
-def server(request):
-    if request.param == "redis" and not shutil.which("redis-server"):
-        pytest.skip("redis-server is not installed")
-    server = Server(request.param)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def loop():
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
-
-
 @pytest.fixture
 def sides(server, loop):
     made = [Side(server.url, loop), Side(server.url, loop)]
