@@ -75,9 +75,9 @@ class HostCopy:
 
     def __init__(self, mover: KVMover, threads: int | None = None) -> None:
         self._mover = mover
-        if mover.device.type != "cpu":
-            threads = 1
-        self._threads = ThreadPoolExecutor(threads or copy_threads(), thread_name_prefix="kv-copy")
+        # on a device the copy must be on the stream of the thread that computes
+        here = mover.device.type != "cpu"
+        self._threads = None if here else ThreadPoolExecutor(threads or copy_threads(), thread_name_prefix="kv-copy")
         self._pending: list[Future[None]] = []
 
     def use_memory(self, regions: Iterable[tuple[int, int]]) -> None:
@@ -95,6 +95,9 @@ class HostCopy:
         return self._start(self._mover.scatter, chunk[:, :, skip:], slots[start:end])
 
     def _start(self, move: Callable[[torch.Tensor, torch.Tensor], None], chunk: torch.Tensor, slots: Any) -> Written:
+        if self._threads is None:
+            move(chunk, slots)
+            return _Copied(None)
         future = self._threads.submit(torch.inference_mode()(move), chunk, slots)
         self._pending.append(future)
         return _Copied(future)
@@ -108,11 +111,12 @@ class HostCopy:
 
 
 class _Copied:
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[None] | None) -> None:
         self._future = future
 
     def synchronize(self) -> None:
-        self._future.result()
+        if self._future is not None:
+            self._future.result()
 
 
 def copy_threads() -> int:

@@ -349,6 +349,24 @@ def test_an_unhealthy_engine_stores_and_loads_nothing():
     assert not bool(transfer.retrieve(prompt(), None, slot_mapping=some_slots(mover)).any())
 
 
+@pytest.mark.parametrize("text", ["0", "two", "-1", "1000"])
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv(kv_transfer.THREADS_VARIABLE, text)
+    with pytest.raises(ValueError, match=f"DISAGG_KV_COPY_THREADS='{text}': allowed: a whole number from 1 to 256"):
+        kv_transfer.HostCopy(make_mover())
+
+
+def test_a_device_copies_in_the_thread_that_computes():
+    """Another thread has another stream, which would not wait for vLLM's."""
+    mover, threads = make_mover(), []
+    mover.device = torch.device("meta")
+    mover.gather = lambda chunk, slots: threads.append(threading.current_thread())
+    copy = kv_transfer.HostCopy(mover)
+    copy.gather(torch.empty(1), torch.zeros(1), 0, 1).synchronize()
+    copy.finish()
+    assert threads == [threading.current_thread()]
+
+
 def test_rows_move_what_gather_and_scatter_move():
     mover, other = make_mover(), make_mover()
     slots, there = some_slots(mover, CHUNK), some_slots(other, CHUNK)
