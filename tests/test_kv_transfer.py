@@ -312,7 +312,7 @@ def test_a_store_that_dies_while_loading(kind, loop):
 
 
 def test_a_frozen_store_costs_its_deadline_not_an_answer(loop, monkeypatch):
-    monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 1.0)
     server = Server("lm")
     side = Side(server.url, loop)
     try:
