@@ -32,7 +32,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def resident(pid: int) -> int:
-    """Bytes of shared memory that a process has touched."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssShmem:"):
-            return int(line.split()[1]) << 10
+def taken(pid: int) -> int:
+    """Bytes that the shared memory of the server ``pid`` has got from the kernel."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if "memfd:" in os.readlink(fd):
+                return os.stat(fd).st_blocks * 512
     return 0
 
 
@@ -178,7 +179,7 @@ def server(kind: str, size: int) -> Iterator[str]:
                     raise SystemExit(f"kv_path: the {kind} server did not start: {log.read().decode()[-500:]}")
                 time.sleep(0.05)
             if kind == "shm":  # it takes its memory in the background
-                while resident(process.pid) < 0.95 * size and time.monotonic() < deadline:
+                while taken(process.pid) < size and time.monotonic() < deadline:
                     time.sleep(0.05)
             yield f"{kind}://127.0.0.1:{port}"
         finally:
