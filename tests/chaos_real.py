@@ -102,11 +102,7 @@ async def one_request(port: int, number: int, rng: random.Random) -> str:
         if rng.random() < 0.05:  # some clients hang up
             await asyncio.sleep(rng.random())
             return "hung up"
-        while not answer.complete:
-            data = await reader.read(65536)
-            if not data:
-                break
-            answer.parser.feed_data(data)
+        await answer.read(reader)
     finally:
         writer.transport.abort()
     status, text = answer.parser.get_status_code(), answer.body[-500:]

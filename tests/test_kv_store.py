@@ -146,9 +146,8 @@ def test_counts_present_chunks_from_the_first(client):
     assert [o is not None for o in got] == [True, True, False, True]
 
 
+@pytest.mark.parametrize("server", ["lm", "redis"], indirect=True)  # a stock LMCache has no client for shm but ours
 def test_stock_lmcache_reads_what_we_write_and_we_read_what_it_writes(client, server):
-    if server.kind == "shm":
-        pytest.skip("a stock LMCache uses our client")
     if server.kind == "lm":
         stock = LMCServerConnector("127.0.0.1", server.port, client.loop, client.staging)
     else:

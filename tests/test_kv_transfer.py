@@ -193,9 +193,8 @@ def test_only_what_is_missing_is_stored(sides):
     assert other.kept() == 0
 
 
+@pytest.mark.parametrize("server", ["lm", "redis"], indirect=True)  # shm is its own staging memory
 def test_a_request_larger_than_the_staging_memory(server, loop):
-    if server.kind == "shm":
-        pytest.skip("the shared memory is its own staging memory")
     one, other = (Side(server.url, loop, SmallStaging(2)) for _ in range(2))
     try:
         n = 12 * CHUNK

@@ -49,6 +49,11 @@ class Answer:
         self.headers: dict[bytes, bytes] = {}
         self.complete = False
 
+    async def read(self, reader: asyncio.StreamReader) -> None:
+        """Until it is complete or cut."""
+        while not self.complete and (data := await reader.read(65536)):
+            self.parser.feed_data(data)
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value
 
@@ -76,11 +81,7 @@ async def one_request(port: int, number: int, rng: random.Random) -> str:
         if rng.random() < 0.05:  # some clients hang up
             await asyncio.sleep(rng.random() * 0.05)
             return "hung_up"
-        while not answer.complete:
-            data = await reader.read(65536)
-            if not data:
-                break
-            answer.parser.feed_data(data)
+        await answer.read(reader)
     finally:
         writer.transport.abort()
     status = answer.parser.get_status_code()
