@@ -59,6 +59,8 @@ prepare() {
 # run_server ROLE: becomes the server.
 run_server() {
   build_command "$1"
+  # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
+  unset PROMETHEUS_MULTIPROC_DIR
   export "${CHILD_ENV[@]}"
   if [[ ${S[redis_url]} == *[@?]* ]]; then
     # LMCache writes its settings, the URL among them, to its log.

@@ -493,7 +493,7 @@ def post(port: int, path: str, body: dict):
 def test_a_hang_up_is_an_abort_in_vllm(lm_stack, stage, stream):
     """Seen as: the API server works on nothing, the engine runs nothing, and no request has come to its end.
 
-    vLLM mostly counts no abort that comes from a client (finished_reason="abort" is for those that the engine makes),
+    vLLM counts no abort that comes from a client (finished_reason="abort" is for those that the engine makes),
     and its engine looks for aborts between two steps: in prefill it works on for a step or two.
     """
     port = lm_stack.prefiller if stage == "prefill" else lm_stack.decoder
