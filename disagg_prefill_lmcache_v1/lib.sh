@@ -555,9 +555,10 @@ install_extra() {
     run_step "creating $venv" "$log" "$base" -m venv --clear "$venv"
   fi
   if [[ $extra == "${PROFILE[SETUP_EXTRA]:-}" ]]; then
-    # Torch first and alone: an index that cannot be reached costs seconds for every package asked through it.
+    # Torch first and alone, what it needs comes with the rest: where this index cannot be reached (a mirror has the
+    # CPU build then), every package that is asked through it costs some 8 s of retries.
     "$python" "$HERE/preflight.py" --has-version torch "${PROFILE[SETUP_TORCH]}+cpu" ||
-      run_step "installing torch ${PROFILE[SETUP_TORCH]} for CPU" "$log" "${pip[@]}" install \
+      run_step "installing torch ${PROFILE[SETUP_TORCH]} for CPU" "$log" "${pip[@]}" install --no-deps \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch==${PROFILE[SETUP_TORCH]}+cpu"
   fi
   mapfile -t packages < <("$python" "$HERE/preflight.py" --missing "$extra" || printf 'failed\n')

@@ -406,7 +406,7 @@ def clone(launch: Launch) -> Clone:
 
 
 STEPS = [
-    "install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu",
+    "install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu",
     "install one==1 two==2",
     "uninstall -y torchvision torchaudio torchcodec",
 ]
