@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,27 @@ class Prompts:
 
 
 async def in_flight(works: list[Any], limit: int) -> list[Any]:
+    """Results of all, at most ``limit`` at a time; tells every 5 s how many are done."""
     gate = asyncio.Semaphore(limit)
+    done, begin = 0, time.perf_counter()
 
     async def one(work: Any) -> Any:
+        nonlocal done
         async with gate:
-            return await work
+            result = await work
+        done += 1
+        return result
 
-    return await asyncio.gather(*(one(work) for work in works))
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(5)
+            print(f"{done} of {len(works)} requests, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+    telling = asyncio.create_task(tell())
+    try:
+        return await asyncio.gather(*(one(work) for work in works))
+    finally:
+        telling.cancel()
 
 
 async def reuse(session: aiohttp.ClientSession, args: argparse.Namespace, model: str, prompts: Prompts) -> dict:
@@ -226,23 +241,36 @@ def print_one_at_a_time(rows: list[dict[str, Any]], args: argparse.Namespace) ->
         )
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: allowed: a whole number from {low} on")
+        return int(text)
+
+    return parse
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxy-url", default="http://127.0.0.1:8000")
     parser.add_argument("--prefiller-url", default="http://127.0.0.1:8100")
     parser.add_argument("--decoder-url", default="http://127.0.0.1:8200", help="for --lengths")
-    parser.add_argument("--requests", type=int, default=200, help="0 leaves the first part out")
-    parser.add_argument("--shortest", type=int, default=2, help="prompt tokens")
-    parser.add_argument("--longest", type=int, default=2500, help="prompt tokens")
-    parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="of the second and third part")
-    parser.add_argument("--per-round", type=int, default=48, help="prefills of a round; 0 leaves the second part out")
-    parser.add_argument("--prefill-len", type=int, default=1000, help="prompt tokens of the second part")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[], help="prompt tokens of the third part")
+    parser.add_argument("--requests", type=at_least(0), default=200, help="0 leaves the first part out")
+    parser.add_argument("--shortest", type=at_least(1), default=2, help="prompt tokens")
+    parser.add_argument("--longest", type=at_least(1), default=2500, help="prompt tokens")
+    parser.add_argument("--concurrency", type=at_least(1), default=8)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="of the second and third part")
+    parser.add_argument(
+        "--per-round", type=at_least(0), default=48, help="prefills of a round; 0 leaves the second part out"
+    )
+    parser.add_argument("--prefill-len", type=at_least(1), default=1000, help="prompt tokens of the second part")
+    parser.add_argument("--lengths", type=at_least(1), nargs="*", default=[], help="prompt tokens of the third part")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one request")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
+    if args.shortest > args.longest:
+        parser.error(f"--shortest {args.shortest} is more than --longest {args.longest}")
     try:
         result = asyncio.run(run(args))
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
