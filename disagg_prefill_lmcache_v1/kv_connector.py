@@ -349,7 +349,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     @staticmethod
     def _replace_store_client(backend: RemoteBackend) -> kv_store.StoreClient | None:
         ours = backend.connection.getWrappedConnector() if backend.connection is not None else None
-        if isinstance(ours, ShmStoreConnector):
+        if isinstance(ours, ShmStoreConnector | kv_store.StoreClient):
             return ours  # LMCache has made it, through its plugin seam
         client = kv_store.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
         if client is None:

@@ -384,9 +384,16 @@ class Connection(asyncio.Protocol):
 
 
 class Server:
-    def __init__(self, segment: Segment) -> None:
-        self.index = Index(segment.size)
-        self._hello = segment.describe()
+    """Answers requests.
+
+    Args:
+        size: bytes of the memory.
+        hello: what a client needs to use it.
+    """
+
+    def __init__(self, size: int, hello: dict[str, Any]) -> None:
+        self.index = Index(size)
+        self._hello = hello
 
     def answer(self, client: Client, frame: bytes) -> bytes:
         """The answer to a request; one that is not understood is answered too and changes nothing."""
@@ -434,7 +441,7 @@ async def serve(host: str, port: int, size: int) -> int:
         segment = Segment(size)
     except OSError as error:
         return _complain(f"cannot take {size >> 20} MiB of shared memory: {error.strerror}")
-    server = Server(segment)
+    server = Server(size, segment.describe())
     try:
         listening = await loop.create_server(lambda: Connection(server), host, port)
     except OSError as error:

@@ -759,4 +759,8 @@ def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -
         from disagg_prefill_lmcache_v1 import kv_shm  # it imports this module
 
         return kv_shm.connect(url, loop, local_cpu_backend)
+    if url.startswith(("nixl://", "plugin://nixl")):
+        from disagg_prefill_lmcache_v1 import kv_nixl
+
+        return kv_nixl.connect(url, loop, local_cpu_backend)
     return None

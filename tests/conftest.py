@@ -21,7 +21,7 @@ def loop():
     loop.close()
 
 
-@pytest.fixture(scope="module", params=["lm", "redis", "shm"])
+@pytest.fixture(scope="module", params=["lm", "redis", "shm", "nixl"])
 def server(request):
     """A real KV store of each kind."""
     from test_kv_store import Server

@@ -1,4 +1,4 @@
-"""kv_store: our clients against a real LMCache server, a real Redis and the store in shared memory, started here."""
+"""kv_store: our clients against real stores started here: LMCache's server, Redis, shared memory, a NIXL receiver."""
 
 from __future__ import annotations
 
@@ -71,6 +71,8 @@ class Server:
         if self.kind == "lm":
             # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
             command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
+        elif self.kind == "nixl":
+            command = [sys.executable, "tests/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
         elif self.kind == "shm":
             command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv_shm_server"]
             command += ["127.0.0.1", str(self.port), "--size", self.size]
