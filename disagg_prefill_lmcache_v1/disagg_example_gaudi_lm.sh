@@ -8,7 +8,7 @@
 set -Eeuo pipefail
 
 # Settings to edit; empty: the default. An environment variable of the same name or a flag wins.
-: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server), redis or shm
+: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server), redis, shm or nixl
 : "${DISAGG_TENSOR_PARALLEL_SIZE:=}" # ranks (cards) of each vLLM server
 : "${DISAGG_MODEL:=}"                # Hugging Face name or local directory
 
@@ -35,7 +35,7 @@ main() {
 dry_run() {
   local role
   ((BUILD_MODEL == 0)) || print_command model-builder model
-  [[ -n ${S[redis_url]} ]] || print_command kv-server "kv-server (log: ${S[run_dir]}/kv_server.log)"
+  ! starts_kv_server || print_command kv-server "kv-server (log: ${S[run_dir]}/kv_server.log)"
   for role in prefiller decoder proxy; do print_command "$role" "$role (log: ${S[run_dir]}/$role.log)"; done
   if ((S[serve] == 0)); then
     print_command load load
@@ -49,7 +49,7 @@ prepare() {
   info "device ${S[device]} ($DEVICE_REASON), backend ${S[backend]}, tensor parallel size ${S[tensor_parallel_size]}," \
     "model ${S[served_model_name]}"
   ((CARD_SHARED == 0)) || info "one card for both servers: each takes ${PROFILE[SHARED_GPU_MEMORY_UTILIZATION]} of its memory"
-  [[ -n ${S[redis_url]} ]] || roles+=(kv-server)
+  ! starts_kv_server || roles+=(kv-server)
   check_machine "${roles[@]}"
   rm -f -- "${S[run_dir]}/summary.json" # an old one would pass for this run's
   setup_python "${PROFILE[SETUP_EXTRA]:-}"
@@ -71,23 +71,24 @@ launch() {
 }
 
 start_servers() {
-  local prefiller decoder proxy
-  if [[ -z ${S[redis_url]} ]]; then
+  local role servers=() first=prefiller second=decoder proxy
+  if starts_kv_server; then
     settle_kv_port
     launch kv-server kv_server.log
     await_ready "${PROFILE[KV_READY_TIMEOUT]}" "kv-server:$CHILD_PID:${S[kv_port]}:"
     [[ ${S[backend]} != redis ]] || check_redis_answers
   fi
-  launch prefiller prefiller.log
-  prefiller=prefiller:$CHILD_PID:${S[prefiller_port]}:/health
-  # Servers on one card size their memory by what is free, so the second must come after the first.
-  ((CARD_SHARED == 0)) || await_ready "${S[ready_timeout]}" "$prefiller"
-  launch decoder decoder.log
-  decoder=decoder:$CHILD_PID:${S[decoder_port]}:/health
+  [[ ${S[backend]} != nixl ]] || first=decoder second=prefiller # which waits for the decoder
+  for role in "$first" "$second"; do
+    launch "$role" "$role.log"
+    servers+=("$role:$CHILD_PID:${S[${role}_port]}:/health")
+    # Servers on one card size their memory by what is free, so the second must come after the first.
+    [[ $CARD_SHARED == 0 || $role == "$second" ]] || await_ready "${S[ready_timeout]}" "${servers[0]}"
+  done
   launch proxy proxy.log
   proxy=proxy:$CHILD_PID:${S[proxy_port]}
   await_ready "${PROFILE[PROXY_READY_TIMEOUT]}" "$proxy:/health"
-  await_ready "${S[ready_timeout]}" "$prefiller" "$decoder"
+  await_ready "${S[ready_timeout]}" "${servers[@]}"
   await_ready "${PROFILE[PROXY_READY_TIMEOUT]}" "$proxy:/ready" # it has noticed both
   check_lmcache
 }

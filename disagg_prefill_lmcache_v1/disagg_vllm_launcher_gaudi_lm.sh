@@ -7,7 +7,7 @@
 set -Eeuo pipefail
 
 # Settings to edit; empty: the default. An environment variable of the same name or a flag wins.
-: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server), redis or shm
+: "${DISAGG_BACKEND:=}"              # lm (LMCache's own server), redis, shm or nixl
 : "${DISAGG_TENSOR_PARALLEL_SIZE:=}" # ranks (cards) of each vLLM server
 : "${DISAGG_MODEL:=}"                # Hugging Face name or local directory
 
@@ -44,11 +44,12 @@ prepare() {
   case $1 in
     prefiller | decoder)
       build_model
-      [[ -n ${S[redis_url]} ]] || tcp_answers "${S[kv_port]}" ||
+      ! starts_kv_server || tcp_answers "${S[kv_port]}" ||
         die "no KV server answers on port ${S[kv_port]}: start one first (kv-server), or give its --kv-port or --redis-url"
       ;;
     kv-server)
-      [[ -z ${S[redis_url]} ]] || die "with --redis-url there is no KV server to start"
+      [[ ${S[backend]} != nixl ]] || die "with --backend nixl there is no KV server to start: the decoder receives"
+      starts_kv_server || die "with --redis-url there is no KV server to start"
       [[ ${S[backend]} != redis ]] || setup_redis || die "$REDIS_PROBLEM"
       settle_kv_port
       ;;

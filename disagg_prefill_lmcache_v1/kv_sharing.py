@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ REPOSITORY = PACKAGE.parent
 MODELS = REPOSITORY / ".models"
 MODULE = "disagg_prefill_lmcache_v1.kv_sharing"
 HOST = "127.0.0.1"
-BACKENDS = ("lm", "redis", "shm")
-URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss"), "shm": ("shm",)}
+BACKENDS = ("lm", "redis", "shm", "nixl")
+URL_SCHEMES = {"lm": ("lm",), "redis": ("redis", "rediss"), "shm": ("shm",), "nixl": ()}
 KV_ROLES = {"store": "kv_producer", "retrieve": "kv_consumer"}
+SIDES = {"store": "prefiller", "retrieve": "decoder"}  # whose configuration each has with nixl
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
 ENGINE_TITLE = "VLLM::"  # how vLLM calls its processes
 PROGRESS_EVERY_S = 5.0
@@ -149,7 +150,7 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
 
     add("--device", "what vLLM runs on: auto, hpu, cuda or cpu", "auto", choices=("auto", *profiles.DEVICES))
     store = ("--remote-server", "--remote_server")
-    add("--backend", "KV server: lm, redis or shm (shared memory)", "lm", store, choices=BACKENDS)
+    add("--backend", "way of the KV: lm, redis, shm or nixl (peer to peer)", "lm", store, choices=BACKENDS)
     add(
         "--remote-url",
         "use this KV server (lm://, redis://, rediss:// or shm://) instead of starting one",
@@ -184,6 +185,8 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
             parser.error(f"argument {name}: invalid choice: {value!r} (choose from {', '.join(action.choices)})")
 
     scheme = urlsplit(options.remote_url).scheme
+    if options.remote_url and options.backend == "nixl":
+        raise UsageError("--remote-url: with --backend nixl there is no KV server")
     if options.remote_url and scheme not in URL_SCHEMES[options.backend]:
         allowed = " or ".join(f"{scheme}://" for scheme in URL_SCHEMES[options.backend])
         raise UsageError(f"--remote-url: --backend {options.backend} needs a URL that begins with {allowed}")
@@ -315,9 +318,15 @@ def instance_command(
 
     child = {"PYTHONPATH": _python_path(environment), "DISAGG_DEVICE": settings.device}
     child |= settings.profile.child_environment(environment) | cards[role]
-    config = PACKAGE / "configs" / f"lmcache-config-{settings.backend}.yaml"
+    nixl = settings.backend == "nixl"
+    config = PACKAGE / "configs" / f"lmcache-{f'{SIDES[role]}-config' if nixl else f'config-{settings.backend}'}.yaml"
     child["LMCACHE_CONFIG_FILE"] = environment.get("LMCACHE_CONFIG_FILE") or str(config)
-    child["DISAGG_SHM_URL" if settings.backend == "shm" else "LMCACHE_REMOTE_URL"] = remote_url
+    plugin = settings.backend in ("shm", "nixl")
+    child[f"DISAGG_{settings.backend.upper()}_URL" if plugin else "LMCACHE_REMOTE_URL"] = remote_url
+    if nixl:
+        child["UCX_NET_DEVICES"] = environment.get("UCX_NET_DEVICES") or settings.of_profile("UCX_NET_DEVICES")
+        if role == "retrieve":
+            child["KV_NIXL_SIZE"] = environment.get("KV_NIXL_SIZE") or settings.of_profile("KV_NIXL_SIZE")
     child["DISAGG_KV_LOAD"] = "always"  # to load is what the second instance is there for
     if Path(settings.model).is_absolute():
         child["HF_HUB_OFFLINE"] = "1"
@@ -373,10 +382,14 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+def free_port(in_a_row: int = 1) -> int:
+    """A port that nothing listens on, nor on the next ones."""
+    while True:
+        with ExitStack() as stack, suppress(OSError):
+            first = stack.enter_context(socket.create_server((HOST, 0))).getsockname()[1]
+            for port in range(first + 1, first + in_a_row):
+                stack.enter_context(socket.create_server((HOST, port)))
+            return first
 
 
 def listens(pid: int, port: int) -> bool:
@@ -537,6 +550,8 @@ def start_kv_server(settings: Settings, log_dir: Path, python: str, children: li
         Failure: it does not start, or does not answer.
     """
     url = settings.remote_url
+    if settings.backend == "nixl":  # each rank of the retrieve instance has one of the ports
+        return f"nixl://{HOST}:{settings.kv_port or free_port(settings.tensor_parallel_size)}"
     if not url:
         port = settings.kv_port or free_port()
         command = kv_server_command(settings, port, python)
@@ -589,7 +604,7 @@ def share(settings: Settings, log_dir: Path, python: str) -> dict[str, Any]:
     """
     with all_ended() as children:
         url = start_kv_server(settings, log_dir, python, children)
-        say(f"KV server at {without_password(url)}")
+        say(f"KV goes by {without_password(url)}")
         ready_timeout = float(settings.of_profile("READY_TIMEOUT"))
         one_after_the_other = cards_of(settings, os.environ)[1]  # both size their memory by what is free
         instances: dict[str, Instance] = {}
@@ -610,7 +625,8 @@ def share(settings: Settings, log_dir: Path, python: str) -> dict[str, Any]:
             steps = 2 if "visible_within_s" in arguments else 1
             return instances[role].receive(steps * settings.timeout, what, children)
 
-        for role in KV_ROLES:
+        # with nixl the first waits for the second
+        for role in reversed(KV_ROLES) if settings.backend == "nixl" else KV_ROLES:
             begin(role)
             if one_after_the_other:
                 await_start(role)
@@ -790,11 +806,10 @@ def main(arguments: Sequence[str] | None = None, *, tensor_parallel_size: int = 
 
 def print_commands(settings: Settings) -> None:
     """The dry run: every command with its environment, as shell lines."""
-    url = settings.remote_url
-    if not url:
+    url = settings.remote_url or f"{settings.backend}://{HOST}:{settings.kv_port}"
+    if not settings.remote_url and settings.backend != "nixl":
         server = kv_server_command(settings, settings.kv_port, sys.executable)
         print(f"# {server.name}\n{server.line()}")
-        url = f"{URL_SCHEMES[settings.backend][0]}://{HOST}:{settings.kv_port}"
     for role in KV_ROLES:
         command = instance_command(settings, role, url, 3, sys.executable, os.environ)
         print(f"# {role}\n{command.line()}")

@@ -10,7 +10,7 @@ REPO=$(dirname -- "$HERE")
 # key of the profiles the name in capitals: --kv-port, DISAGG_KV_PORT, KV_PORT.
 SETTINGS_TABLE=(
   "device|auto, hpu, cuda or cpu|what the vLLM servers run on"
-  "backend|lm, redis or shm|KV store between the servers: LMCache's server, Redis, shared memory"
+  "backend|lm, redis, shm or nixl|way of the KV: LMCache's server, Redis, shared memory, peer to peer"
   "tensor-parallel-size|N|ranks (cards) of each vLLM server"
   "model|NAME or DIR|Hugging Face name or local directory; needs HF_TOKEN only if it is gated and not local"
   "served-model-name|NAME|name that clients use"
@@ -19,7 +19,7 @@ SETTINGS_TABLE=(
   "proxy-port|PORT|port of the proxy"
   "prefiller-port|PORT|port of the prefill server"
   "decoder-port|PORT|port of the decode server"
-  "kv-port|PORT|port of the KV server started here"
+  "kv-port|PORT|port of the KV server started here; nixl: of the decoder, one more for each further rank"
   "kv-load|auto, always or never|load KV from the store: auto where it is faster than computing it again"
   "redis-url|URL|use this Redis (redis:// or rediss://) instead of starting one"
   "num-prompts|N|requests of the load; 0: only the correctness probe"
@@ -107,9 +107,9 @@ print_help() {
   done
   printf '  --%-36s %s\n  %-38s %s\n\n' help "this text" "-- ARGS" "further arguments of both vLLM servers"
   printf 'Defaults not shown depend on the device: see profiles/hpu.env, cuda.env and cpu.env in\n  %s\n' "$HERE/profiles"
-  printf 'Ports by default: proxy %s, prefiller %s, decoder %s, LMCache server %s, Redis %s, shm %s.\n' \
+  printf 'Ports by default: proxy %s, prefiller %s, decoder %s, LMCache server %s, Redis %s, shm %s, nixl %s.\n' \
     "${PROFILE[PROXY_PORT]}" "${PROFILE[PREFILLER_PORT]}" "${PROFILE[DECODER_PORT]}" "${PROFILE[KV_PORT_LM]}" \
-    "${PROFILE[KV_PORT_REDIS]}" "${PROFILE[KV_PORT_SHM]}"
+    "${PROFILE[KV_PORT_REDIS]}" "${PROFILE[KV_PORT_SHM]}" "${PROFILE[KV_PORT_NIXL]}"
   printf 'DISAGG_PYTHON names the Python to use as it is; VLLM_PROGRAM the words that start vLLM, before the model.\n'
 }
 
@@ -227,7 +227,7 @@ resolve_settings() {
     [[ $name == device ]] || resolve "$name"
   done
 
-  need_choice backend lm redis shm
+  need_choice backend lm redis shm nixl
   need_choice kv_load auto always never
   need_integer tensor_parallel_size 1 64
   need_integer max_model_len 16 10000000
@@ -247,15 +247,20 @@ resolve_settings() {
         usage_error "--${name//_/-} and --${other//_/-} are both ${S[$name]}: four different ports are needed"
     done
   done
+  for name in proxy_port prefiller_port decoder_port; do
+    ! is_kv_port "${S[$name]}" || usage_error "--${name//_/-} ${S[$name]} is one of the $(kv_ports) ports from" \
+      "--kv-port ${S[kv_port]} on, one for each rank of the decoder"
+  done
+  ((S[kv_port] + $(kv_ports) < 65537)) || usage_error "--kv-port ${S[kv_port]}: $(kv_ports) ports in a row are needed"
   if [[ -n ${S[redis_url]} ]]; then
     [[ ${S[backend]} == redis ]] || usage_error "$(source_of redis_url) goes with --backend redis"
     [[ ${S[redis_url]} =~ ^rediss?://[^[:space:]/]+(/[^[:space:]]*)?$ ]] ||
       usage_error "$(source_of redis_url): allowed: redis:// or rediss://, as in redis://:password@host:6379/0"
   fi
 
-  if [[ ${S[backend]} == shm ]]; then
-    [[ $(kv_shm_size) =~ ^[0-9]{1,12}([kKmMgG][bB]?|[bB])?$ ]] ||
-      usage_error "KV_SHM_SIZE '$(kv_shm_size)': allowed: a whole number and a unit, as in 512mb or 2gb"
+  if [[ ${S[backend]} == shm || ${S[backend]} == nixl ]]; then
+    [[ $(kv_size) =~ ^[0-9]{1,12}([kKmMgG][bB]?|[bB])?$ ]] ||
+      usage_error "KV_${S[backend]^^}_SIZE '$(kv_size)': allowed: a whole number and a unit, as in 512mb or 2gb"
   fi
 
   S[run_dir]=${S[run_dir]:-$HERE}
@@ -394,7 +399,7 @@ build_command() {
           ;;
         shm)
           program KV_SHM_SERVER_PROGRAM
-          CHILD_CMD+=("${PROFILE[HOST]}" "${S[kv_port]}" --size "$(kv_shm_size)")
+          CHILD_CMD+=("${PROFILE[HOST]}" "${S[kv_port]}" --size "$(kv_size)")
           ;;
         *)
           program KV_SERVER_PROGRAM
@@ -443,11 +448,15 @@ build_vllm_command() {
   ((${#EXTRA_ARGS[@]} == 0)) || CHILD_CMD+=("${EXTRA_ARGS[@]}")
 
   for name in $(printf '%s\n' "${!PROFILE_ENV[@]}" | sort); do add_environment "$name" "${PROFILE_ENV[$name]}"; done
-  add_environment LMCACHE_CONFIG_FILE "$HERE/configs/lmcache-config-${S[backend]}.yaml"
+  CHILD_ENV+=("LMCACHE_CONFIG_FILE=$(lmcache_config "$role")")
   CHILD_ENV+=("DISAGG_KV_LOAD=${S[kv_load]}")
-  if [[ ${S[backend]} == shm ]]; then
-    CHILD_ENV+=("DISAGG_SHM_URL=$(kv_url)")
+  if [[ ${S[backend]} == shm || ${S[backend]} == nixl ]]; then
+    CHILD_ENV+=("DISAGG_${S[backend]^^}_URL=$(kv_url)")
     unset LMCACHE_REMOTE_URL # LMCache would use that store too
+    if [[ ${S[backend]} == nixl ]]; then
+      [[ $role != decoder ]] || CHILD_ENV+=("KV_NIXL_SIZE=$(kv_size)")
+      add_environment UCX_NET_DEVICES "${PROFILE[UCX_NET_DEVICES]}"
+    fi
   else
     CHILD_ENV+=("LMCACHE_REMOTE_URL=$(kv_url)")
     name=$(redis_socket)
@@ -473,7 +482,23 @@ kv_url() {
   fi
 }
 
-kv_shm_size() { printf '%s' "${KV_SHM_SIZE:-${PROFILE[KV_SHM_SIZE]}}"; }
+# kv_size: memory of the store, of each rank with nixl.
+kv_size() {
+  local name=KV_${S[backend]^^}_SIZE
+  printf '%s' "${!name:-${PROFILE[$name]}}"
+}
+
+# With nixl there is no KV server: every rank of the decoder has a port for the prefiller.
+starts_kv_server() { [[ -z ${S[redis_url]} && ${S[backend]} != nixl ]]; }
+kv_ports() { if [[ ${S[backend]} == nixl ]]; then printf '%s' "${S[tensor_parallel_size]}"; else printf 1; fi; }
+is_kv_port() { (($1 >= S[kv_port] && $1 < S[kv_port] + $(kv_ports))); }
+
+# lmcache_config ROLE: LMCache's settings of a server.
+lmcache_config() {
+  local name=lmcache-config-${S[backend]}
+  [[ ${S[backend]} != nixl ]] || name=lmcache-$1-config
+  printf '%s' "${LMCACHE_CONFIG_FILE:-$HERE/configs/$name.yaml}"
+}
 
 # Replaces the password in a Redis URL, wherever it stands in a text (a filter).
 mask_passwords() { sed -u -E "s#(rediss?://[^:@/ ]*):[^ ,'\"]*@#\1:***@#g; s#([?&]password=)[^& '\"]*#\1***#g"; }
@@ -629,7 +654,7 @@ report_problems() {
 
 # check_machine ROLE...: what can be known before anything is installed. Roles: whose ports and programs matter.
 check_machine() {
-  local role flag tool key
+  local role flag tool key port
   for tool in setsid timeout awk grep sed flock sha256sum; do
     command -v "$tool" >/dev/null || problem "the program $tool is missing: install it"
   done
@@ -655,12 +680,16 @@ check_machine() {
         problem "the program ${CHILD_CMD[0]} is missing: install it, or name another with $key"
     fi
     flag=${role/kv-server/kv}_port
-    if port_is_listening "${S[$flag]}"; then
-      problem "port ${S[$flag]} is used by another program: stop it, or give another $(source_of "$flag")"
+    check_port "${S[$flag]}" "$flag"
+    case $role in
+      prefiller | decoder)
+        [[ -r $(lmcache_config "$role") ]] || problem "cannot read LMCache's settings $(lmcache_config "$role")"
+        ;;
+    esac
+    if [[ $role == decoder && ${S[backend]} == nixl ]]; then
+      for ((port = S[kv_port]; port < S[kv_port] + $(kv_ports); port++)); do check_port "$port" kv_port; done
     fi
   done
-  [[ -r ${LMCACHE_CONFIG_FILE:-$HERE/configs/lmcache-config-${S[backend]}.yaml} ]] ||
-    problem "cannot read LMCache's settings ${LMCACHE_CONFIG_FILE:-$HERE/configs/lmcache-config-${S[backend]}.yaml}"
   if mkdir -p -- "${S[run_dir]}" 2>/dev/null && [[ -w ${S[run_dir]} ]]; then
     check_space "${S[run_dir]}" "${PROFILE[RUN_DIR_GIB]}" "logs and results"
   else
@@ -669,6 +698,10 @@ check_machine() {
   if [[ $PYTHON_KIND == bundle && ! -x $PYTHON ]]; then check_space "$REPO" "${PROFILE[SETUP_GIB]}" "set-up"; fi
   check_token
   report_problems
+}
+
+check_port() { # PORT SETTING
+  ! port_is_listening "$1" || problem "port $1 is used by another program: stop it, or give another $(source_of "$2")"
 }
 
 check_space() { # DIR GIB PURPOSE
@@ -696,6 +729,7 @@ check_python() {
   local modules line
   command -v "$PYTHON" >/dev/null || die "the Python $PYTHON is missing: check DISAGG_PYTHON"
   read -r -a modules <<<"${PROFILE[REQUIRED_MODULES]} ${PROFILE[DEVICE_MODULES]:-}"
+  [[ ${S[backend]} != nixl ]] || modules+=("${PROFILE[NIXL_MODULES]}")
   while IFS= read -r line; do problem "$line"; done < <(DISAGG_REDIS_URL=${S[redis_url]} \
     "$PYTHON" "$HERE/preflight.py" --device "${S[device]}" --modules "${modules[@]}" 2>&1 || true)
   report_problems

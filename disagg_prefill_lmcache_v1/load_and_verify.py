@@ -119,7 +119,7 @@ class Settings:
     max_model_len: int = _setting(0, "longest sequence the servers take (0: what the prefiller says)", _count(0))
     run_dir: Path = _setting(Path(), "directory for summary.json", Path)  # noqa: RUF009 - a dataclass field
     device: str = _setting("cpu", "device of the servers: hpu, cuda or cpu")
-    backend: str = _setting("lm", "KV server of the stack, for the summary: lm, redis or shm")
+    backend: str = _setting("lm", "KV server of the stack, for the summary: lm, redis, shm or nixl")
     tensor_parallel_size: int = _setting(1, "tensor parallel size of the servers, for the summary", _count(1))
     min_reuse_ratio: float = _setting(0.99, "least part of the reusable prompt tokens to be reused", _number(0, 1))
     kv_load: str = _setting(

@@ -53,10 +53,14 @@ def is_cpu_build(name: str, version: str) -> bool:
 
 
 def module_problems(modules: Sequence[str], device: str) -> list[str]:
-    """One line for each module that is missing, out of its range or built for another device."""
+    """One line for each module that is missing, out of its range or built for another device.
+
+    Of modules that are joined by ``|`` one is enough.
+    """
     problems = []
-    for module in modules:
-        found = installed(module)
+    for choice in modules:
+        module, *others = choice.split("|")
+        found = next(filter(None, map(installed, (module, *others))), None)
         if found is None:
             low, high = SUPPORTED.get(module, ("", ""))
             wanted = f"'{module}>={low},<{high}'" if low else module

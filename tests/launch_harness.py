@@ -33,6 +33,16 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def free_ports_in_a_row(count: int) -> int:
+    """The first of so many ports that nothing listened on a moment ago."""
+    while True:
+        (first,) = free_ports(1)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_S) -> None:
     """Waits for a condition; fails with `what` after a deadline."""
     deadline = time.monotonic() + seconds

@@ -18,18 +18,24 @@ EXTRA_KEYS = {
     constants.PING_TIMEOUT_CONFIG_KEY,
     constants.WAITING_TIME_FOR_RECOVERY_CONFIG_KEY,
 }
-PLUGIN_KEYS = {f"remote_storage_plugin.shm.{name}" for name in ("module_path", "class_name", "url")}
+STORES = {backend: f"lmcache-config-{backend}.yaml" for backend in ("lm", "redis", "shm")}
+PEERS = {"prefiller": "lmcache-prefiller-config.yaml", "decoder": "lmcache-decoder-config.yaml"}
+
+
+def is_plugin_key(key: str) -> bool:
+    _, plugin, name = [*key.split(".", 2), "", ""][:3]
+    return plugin in ("shm", "nixl") and name in ("module_path", "class_name", "url", "role", "size")
 
 
 def test_there_are_configurations():
-    assert {f"lmcache-config-{backend}.yaml" for backend in ("lm", "redis", "shm")} <= {path.name for path in CONFIGS}
+    assert {path.name for path in CONFIGS} == {*STORES.values(), *PEERS.values()}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_key_is_known(path: Path):
     content = yaml.safe_load(path.read_text())
     assert set(content) <= set(config._CONFIG_DEFINITIONS)
-    assert set(content.get("extra_config", {})) <= EXTRA_KEYS | (PLUGIN_KEYS if "shm" in path.name else set())
+    assert {key for key in content.get("extra_config", {}) if not is_plugin_key(key)} <= EXTRA_KEYS
     engine = config.LMCacheEngineConfig.from_file(str(path))
     engine.validate()
     for key, value in content.items():
@@ -44,21 +50,25 @@ def test_extra_keys_are_read_by_lmcache():
         assert f'"{key}"' in source, key
 
 
-@pytest.mark.parametrize("backend", ["lm", "redis", "shm"])
-def test_part_filled_chunks_are_stored(backend):
-    content = yaml.safe_load((PACKAGE / f"configs/lmcache-config-{backend}.yaml").read_text())
+@pytest.mark.parametrize("name", [*STORES.values(), *PEERS.values()])
+def test_part_filled_chunks_are_stored(name):
+    content = yaml.safe_load((PACKAGE / "configs" / name).read_text())
     assert content["save_unfull_chunk"] is True
     assert content["pre_caching_hash_algorithm"] == "sha256_cbor"
-    url = content["extra_config"]["remote_storage_plugin.shm.url"] if backend == "shm" else content["remote_url"]
-    assert url.startswith(f"{backend}://127.0.0.1:")
 
 
-def test_the_stores_differ_in_the_address_only():
-    contents = [yaml.safe_load(path.read_text()) for path in CONFIGS]
-    assert set(contents[-1]["extra_config"]) >= PLUGIN_KEYS
-    assert contents[-1].pop("remote_storage_plugins") == ["shm"]
-    for key in PLUGIN_KEYS:
-        contents[-1]["extra_config"].pop(key)
-    for content in contents[:-1]:
-        content.pop("remote_url")
-    assert all(content == contents[0] for content in contents)
+def test_they_differ_in_the_address_only():
+    contents = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS}
+    for backend in ("lm", "redis"):
+        assert contents[STORES[backend]].pop("remote_url").startswith(f"{backend}://127.0.0.1:")
+    for name, backend in ((STORES["shm"], "shm"), *((name, "nixl") for name in PEERS.values())):
+        assert contents[name].pop("remote_storage_plugins") == [backend]
+        extra = contents[name]["extra_config"]
+        plugin = {key.rpartition(".")[2]: extra.pop(key) for key in list(extra) if is_plugin_key(key)}
+        assert plugin["url"].startswith(f"{backend}://127.0.0.1:")
+        assert (plugin["module_path"], plugin["class_name"]) in (
+            ("disagg_prefill_lmcache_v1.kv_shm", "ShmConnectorAdapter"),
+            ("disagg_prefill_lmcache_v1.kv_nixl", "NixlConnectorAdapter"),
+        )
+        assert plugin.get("role") == {PEERS["prefiller"]: "sender", PEERS["decoder"]: "receiver"}.get(name)
+    assert all(content == contents[STORES["lm"]] for content in contents.values())

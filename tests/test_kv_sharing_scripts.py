@@ -325,6 +325,18 @@ def test_shared_memory() -> None:
     assert commands["store"]["environment"]["DISAGG_SHM_URL"] == "shm://127.0.0.1:1"
 
 
+def test_peer_to_peer() -> None:
+    commands = dry_run("--device", "cpu", "--backend", "nixl", "--kv-port", "7777", KV_NIXL_SIZE="64mb")
+    assert set(commands) == {"store", "retrieve"}
+    for role, config in (("store", "lmcache-prefiller-config"), ("retrieve", "lmcache-decoder-config")):
+        environment = commands[role]["environment"]
+        assert environment["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:7777"
+        assert Path(environment["LMCACHE_CONFIG_FILE"]).stem == config
+        assert environment["UCX_NET_DEVICES"] == "lo"
+        assert environment.get("KV_NIXL_SIZE") == ("64mb" if role == "retrieve" else None)
+        assert "LMCACHE_REMOTE_URL" not in environment
+
+
 def test_redis_and_passwords() -> None:
     server = dry_run("--device", "cpu", "--remote_server", "redis", "--kv-port", "7777")["kv_server"]["words"]
     assert server[0] == "redis-server"

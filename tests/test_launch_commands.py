@@ -177,11 +177,47 @@ def test_shared_memory_is_sized_by_the_device(launch: Launch, device: str, size:
     assert commands["decoder"][0]["DISAGG_SHM_URL"] == "shm://127.0.0.1:77"
 
 
-@pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
-def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str) -> None:
-    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=shm", KV_SHM_SIZE=size)
+@pytest.mark.parametrize(("device", "size"), [("cpu", "1gb"), ("hpu", "16gb"), ("cuda", "16gb")])
+def test_nixl_has_two_sides_and_no_server(launch: Launch, device: str, size: str) -> None:
+    flags = ("--device", device, "--backend", "nixl", "--tensor-parallel-size", "2")
+    commands = dry_run(launch, *flags, LMCACHE_REMOTE_URL="lm://somewhere:1")
+    assert "kv-server" not in commands
+    for role in ("prefiller", "decoder"):
+        environment = commands[role][0]
+        assert environment["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:8500"
+        assert environment["LMCACHE_CONFIG_FILE"] == str(PACKAGE / "configs" / f"lmcache-{role}-config.yaml")
+        assert environment["UCX_NET_DEVICES"] == "lo"
+        assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
+    assert commands["decoder"][0]["KV_NIXL_SIZE"] == size
+    assert "KV_NIXL_SIZE" not in commands["prefiller"][0]
+    assert option(commands["load"][1], "--backend") == "nixl"
+    commands = dry_run(launch, *flags, "--kv-port=77", KV_NIXL_SIZE="512MB", UCX_NET_DEVICES="mlx5_0:1")
+    assert commands["decoder"][0]["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:77"
+    assert commands["decoder"][0]["KV_NIXL_SIZE"] == "512MB"
+    assert commands["prefiller"][0]["UCX_NET_DEVICES"] == "mlx5_0:1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv-port=8197"], "--decoder-port 8200 is one of the 4 ports from --kv-port 8197 on"),
+        (["--kv-port=65533"], "--kv-port 65533: 4 ports in a row are needed"),
+    ],
+)
+def test_every_rank_needs_a_port(launch: Launch, flags: list[str], said: str) -> None:
+    flags = ["--dry-run", "--device=cpu", "--backend=nixl", "--tensor-parallel-size=4", *flags]
+    done = launch.run(EXAMPLE, *flags)
     assert done.returncode == 2
-    assert f"KV_SHM_SIZE '{size}': allowed: a whole number and a unit, as in 512mb or 2gb" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["shm", "nixl"])
+@pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
+def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str, backend: str) -> None:
+    name = f"KV_{backend.upper()}_SIZE"
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", f"--backend={backend}", **{name: size})
+    assert done.returncode == 2
+    assert f"{name} '{size}': allowed: a whole number and a unit, as in 512mb or 2gb" in done.stderr
 
 
 @pytest.mark.parametrize("url", ["redis://:s3cret@db:1/0", "rediss://me:s3cret@db:1", "redis://db:1/0?password=s3cret"])

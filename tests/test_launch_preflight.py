@@ -139,6 +139,23 @@ def test_a_missing_module_is_named(launch: Launch) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_of_several_modules_one_is_enough() -> None:
+    assert preflight.module_problems(["no_such_module|pytest|no_such_either"], "cpu") == []
+    (line,) = preflight.module_problems(["no_such_module|no_such_either"], "cpu")
+    assert "the Python module no_such_module is missing in" in line
+
+
+def test_nixl_is_looked_for_where_it_is_needed(launch: Launch) -> None:
+    copy = launch.folder / "package"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.log", "__pycache__"))
+    profile = copy / "profiles" / "common.env"
+    profile.write_text(profile.read_text().replace("nixl|nixl_cu12|nixl_cu13", "no_nixl|no_nixl_either"))
+    for backend, status in (("lm", 0), ("nixl", 1)):
+        done = launch.run(str(copy / EXAMPLE), *launch.arguments(f"--backend={backend}"))
+        assert done.returncode == status, done.stderr
+        assert ("the Python module no_nixl is missing in" in done.stderr) is (backend == "nixl")
+
+
 def test_an_accelerator_needs_its_own_build(launch: Launch) -> None:
     done = launch.run(EXAMPLE, *launch.arguments(device="cuda"), STANDIN_CUDA_CARDS="2")
     assert done.returncode == 1

@@ -305,6 +305,38 @@ def test_shm_backend(launch: Launch, size: str, status: int) -> None:
         assert "LMCACHE_REMOTE_URL" not in environment
 
 
+def test_nixl_backend(launch: Launch) -> None:
+    """No KV server, its port is the decoder's; a port of a rank that is in use is told before anything starts."""
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=nixl"), LMCACHE_REMOTE_URL="lm://other:1")
+    assert done.returncode == 0, done.stderr
+    assert "kv-server" not in done.stderr
+    for role in ("prefiller", "decoder"):
+        environment = launch.record(record_name(launch, role))["env"]
+        assert environment["DISAGG_NIXL_URL"] == f"nixl://127.0.0.1:{launch.ports['kv']}"
+        assert "LMCACHE_REMOTE_URL" not in environment
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ("--backend=nixl", "--tensor-parallel-size=2", f"--kv-port={port - 1}")
+        done = launch.run(EXAMPLE, *launch.arguments(*flags))
+    assert done.returncode == 1
+    assert f"port {port} is used by another program: stop it, or give another --kv-port" in done.stderr
+
+
+def test_the_receiver_starts_first_where_servers_start_one_after_the_other(launch: Launch, fake_builds: Path) -> None:
+    flags = launch.arguments("--backend=nixl", device="cuda")
+    done = launch.run(EXAMPLE, *flags, PYTHONPATH=str(fake_builds), STANDIN_CUDA_CARDS="1")
+    assert done.returncode == 0, done.stderr
+    first, second = (launch.records / f"{record_name(launch, role)}.json" for role in ("decoder", "prefiller"))
+    assert first.stat().st_mtime_ns < second.stat().st_mtime_ns
+    assert done.stderr.index("decoder is ready") < done.stderr.index("prefiller is ready")
+
+
+def test_there_is_no_kv_server_to_start_for_nixl(launch: Launch) -> None:
+    done = launch.run(LAUNCHER, "kv-server", *launch.arguments("--backend=nixl"))
+    assert done.returncode == 1
+    assert "with --backend nixl there is no KV server to start: the decoder receives" in done.stderr
+
+
 @pytest.mark.parametrize("role", ["prefiller", "decoder", "proxy", "kv-server"])
 def test_the_launcher_runs_one_server_in_the_foreground(launch: Launch, role: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as store:
