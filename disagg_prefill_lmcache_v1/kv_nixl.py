@@ -23,7 +23,6 @@ import socket
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -185,7 +184,7 @@ class _ReceivingServer(Server):
 
     def __init__(self, size: int, hello: dict[str, Any]) -> None:
         super().__init__(size, hello)
-        self._senders: weakref.WeakSet[Client] = weakref.WeakSet()
+        self._senders: set[Client] = set()
         self._asked_at = -1e9
         self.sending = threading.Event()
 
@@ -198,6 +197,10 @@ class _ReceivingServer(Server):
             self.sending.set()
         return result
 
+    def drop(self, client: Client) -> None:
+        self._senders.discard(client)
+        super().drop(client)
+
     def is_quiet(self) -> bool:
         """Called by another thread: what it sees may be a moment old."""
         since = time.monotonic() - self._asked_at
@@ -205,7 +208,7 @@ class _ReceivingServer(Server):
             return False
         # a transfer that takes longer than its deadline is of no use to anybody
         late = since > 2 * kv_store.IO_TIMEOUT_S
-        return late or not any(client.reserved or client.pins for client in [*self._senders])
+        return late or not any(client.reserved or client.pins for client in tuple(self._senders))
 
 
 class NixlReceiver(ShmStoreConnector):
@@ -263,7 +266,11 @@ class NixlReceiver(ShmStoreConnector):
             self._server.sending.wait()
             self._server.sending.clear()
             while not self._server.is_quiet() and not self._ended.is_set():
-                self._agent.progress()
+                try:
+                    self._agent.progress()
+                except Exception as error:  # senders notice by their deadlines
+                    logger.warning("NIXL: %s", error)
+                    time.sleep(1)
                 time.sleep(_PROGRESS_S)
 
     async def close(self) -> None:

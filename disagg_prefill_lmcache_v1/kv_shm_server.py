@@ -380,7 +380,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(FRAME.pack(len(answer)) + answer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.index.drop(self._client)
+        self._server.drop(self._client)
 
 
 class Server:
@@ -403,6 +403,10 @@ class Server:
         except (msgspec.DecodeError, TypeError, ValueError, AttributeError) as error:
             result = (False, f"not understood: {error}")
         return msgspec.msgpack.encode(result)
+
+    def drop(self, client: Client) -> None:
+        """The client is gone."""
+        self.index.drop(client)
 
     def _run(self, client: Client, operation: str, keys: Any = None) -> Any:
         if operation == "exists":

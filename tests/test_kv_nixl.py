@@ -167,6 +167,8 @@ def test_a_sender_waits_for_its_receiver(module_loop):
     assert receiver.count_present([name]) == 1
     for side in (*made, receiver):
         asyncio.run_coroutine_threadsafe(side.close(), module_loop).result(10)
+        if side is not receiver:
+            wait_until(lambda: not receiver._server._senders, "the receiver has noticed that the sender is gone")
 
 
 def test_another_server_on_the_port_is_told(module_loop, receiver, port):
