@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
-import msgspec
 import torch
 from lmcache.logging import init_logger
 from lmcache.utils import CacheEngineKey
@@ -38,8 +37,6 @@ from disagg_prefill_lmcache_v1 import kv_store
 from disagg_prefill_lmcache_v1.kv_shm import ShmStoreConnector
 from disagg_prefill_lmcache_v1.kv_shm_server import (
     BUSY,
-    FRAME,
-    MAX_FRAME,
     NO_ROOM,
     VERSION,
     Client,
@@ -47,6 +44,7 @@ from disagg_prefill_lmcache_v1.kv_shm_server import (
     Segment,
     Server,
     available_memory,
+    exchange,
     parse_size,
     populate,
 )
@@ -293,15 +291,7 @@ class _PeerLink(kv_store._Link):
 
     def ask(self, *request: Any) -> Any:
         """Raises OSError, ValueError: there is no answer; the link is of no further use."""
-        data = msgspec.msgpack.encode(request)
-        self.send(FRAME.pack(len(data)) + data)
-        (length,) = FRAME.unpack(self.read(FRAME.size))
-        if length > MAX_FRAME:
-            raise ValueError("it is no decode server of this kind")
-        done, result = msgspec.msgpack.decode(self.read(length))
-        if not done:
-            raise ValueError(result)
-        return result
+        return exchange(self.send, self.read, request)
 
     _kept: ClassVar[list[_PeerLink]] = []  # else they would close when nobody knows them any more
 

@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import msgspec
 import torch
 from lmcache.logging import init_logger
 from lmcache.utils import CacheEngineKey
@@ -39,7 +38,7 @@ from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorCont
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
 from disagg_prefill_lmcache_v1 import kv_store
-from disagg_prefill_lmcache_v1.kv_shm_server import BUSY, FRAME, MAX_FRAME, PRESENT, VERSION, populate
+from disagg_prefill_lmcache_v1.kv_shm_server import BUSY, PRESENT, VERSION, exchange, populate
 from disagg_prefill_lmcache_v1.kv_store import StoreUnavailable
 
 logger = init_logger(__name__)
@@ -109,7 +108,7 @@ class _Session:
         self._socket = socket.create_connection((host, port), timeout=kv_store.CONNECT_TIMEOUT_S)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            hello = self._exchange(["hello"])
+            hello = exchange(self._socket.sendall, self._read, ["hello"])
             if not isinstance(hello, dict) or hello.get("version") != VERSION:
                 raise OSError("it is no KV store of this version")
             known = mapped is not None and mapped.name == hello["segment"]
@@ -129,21 +128,10 @@ class _Session:
             if self._failed:
                 raise ConnectionResetError("the connection has failed")
             try:
-                return self._exchange(request)
+                return exchange(self._socket.sendall, self._read, request)
             except BaseException:
                 self._failed = True  # before another thread could take the late answer for its own
                 raise
-
-    def _exchange(self, request: Sequence[Any]) -> Any:
-        data = msgspec.msgpack.encode(request)
-        self._socket.sendall(FRAME.pack(len(data)) + data)
-        (length,) = FRAME.unpack(self._read(FRAME.size))
-        if length > MAX_FRAME:
-            raise ValueError("it is no KV store of this kind")
-        done, result = msgspec.msgpack.decode(self._read(length))
-        if not done:
-            raise ValueError(result)
-        return result
 
     def _read(self, length: int) -> bytearray:
         data = bytearray(length)

@@ -79,6 +79,23 @@ def parse_size(text: str) -> int:
     return size - size % ALIGNMENT
 
 
+def exchange(send: Callable[[bytes], Any], read: Callable[[int], bytes | bytearray], request: Sequence[Any]) -> Any:
+    """A client's side: send a request, read the answer, return its result.
+
+    Raises:
+        ValueError: the server has refused it, or is none of this kind.
+    """
+    data = msgspec.msgpack.encode(request)
+    send(FRAME.pack(len(data)) + data)
+    (length,) = FRAME.unpack(read(FRAME.size))
+    if length > MAX_FRAME:
+        raise ValueError("it is no KV store of this kind")
+    done, result = msgspec.msgpack.decode(read(length))
+    if not done:
+        raise ValueError(result)
+    return result
+
+
 class Space:
     """Free parts of ``[0, size)``: contiguous, first fit, neighbours joined."""
 

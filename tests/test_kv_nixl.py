@@ -6,6 +6,7 @@ What it shares with the other stores is tested with them (test_kv_store.py, test
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -61,6 +62,16 @@ def send(sender, name):
     return tensors[0].clone()
 
 
+@contextlib.contextmanager
+def moving_raises(sender, monkeypatch, error):
+    def raises(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sender._agent, "move", raises)
+        yield
+
+
 def test_the_decoder_reads_in_place_what_the_prefiller_has_sent(sender, receiver):
     name = key(uuid.uuid4())
     assert receiver.count_present([name]) == 0
@@ -98,14 +109,9 @@ def test_a_write_that_is_late_keeps_its_place(sender, receiver, monkeypatch):
     """It may still go on: nobody else may be given these bytes, and nobody may find the chunk."""
     late = key(uuid.uuid4())
     before = receiver.stats()["reserved"]
-
-    def times_out(*_):
-        raise TimeoutError("timed out")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sender._agent, "move", times_out)
-        with pytest.raises(kv_store.StoreUnavailable, match="timed out"):
-            send(sender, late)
+    refused = pytest.raises(kv_store.StoreUnavailable, match="timed out")
+    with moving_raises(sender, monkeypatch, TimeoutError("timed out")), refused:
+        send(sender, late)
     wait_until(lambda: time.monotonic() - sender._failed_at > kv_store.RETRY_AFTER_S, "the sender tries again")
     send(sender, key(uuid.uuid4()))
     assert receiver.stats()["reserved"] == before + 1
@@ -116,27 +122,17 @@ def test_a_write_that_is_late_keeps_its_place(sender, receiver, monkeypatch):
 
 def test_a_write_that_fails_gives_its_place_back(sender, receiver, monkeypatch):
     before = receiver.stats()["reserved"]
-
-    def fails(*_):
-        raise ConnectionError("NIXL: no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sender._agent, "move", fails)
-        with pytest.raises(kv_store.StoreUnavailable, match="NIXL: no"):
-            send(sender, key(uuid.uuid4()))
+    refused = pytest.raises(kv_store.StoreUnavailable, match="NIXL: no")
+    with moving_raises(sender, monkeypatch, ConnectionError("NIXL: no")), refused:
+        send(sender, key(uuid.uuid4()))
     wait_until(lambda: receiver.stats()["reserved"] == before, "the place is free again")
 
 
 def test_a_read_that_is_late_keeps_its_memory(sender, monkeypatch):
     name = key(uuid.uuid4())
     send(sender, name)
-
-    def times_out(*_):
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(sender._agent, "move", times_out)
     taken = len(sender.local_cpu_backend.taken)
-    with sender.fetch([name]) as chunks:
+    with moving_raises(sender, monkeypatch, TimeoutError("timed out")), sender.fetch([name]) as chunks:
         assert list(chunks) == []
     (obj,) = sender.local_cpu_backend.taken[taken:]
     assert obj.get_ref_count() == 1
