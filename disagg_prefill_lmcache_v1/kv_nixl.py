@@ -404,19 +404,21 @@ class NixlSender(kv_store.StoreClient):
             return None
         offset, length, (dims, dtype_name, fmt) = found
         shape, dtype = torch.Size(dims), getattr(torch, dtype_name, None)
-        obj = None
-        if fmt == self.meta_fmt.value and kv_store.fits(self, shape, dtype, self.meta_fmt, length):
-            obj = self.allocate(shape, dtype, MemoryFormat(fmt))
-            try:
-                self._agent.move("READ", link.agent, [(obj.tensor.data_ptr(), link.address + offset, length)])
-            except TimeoutError:
-                raise  # its memory may still be written to: it is never given back
-            except BaseException:
-                self.give_back(obj)
-                raise
-        else:
+        if fmt != self.meta_fmt.value or not kv_store.fits(self, shape, dtype, self.meta_fmt, length):
             logger.warning("Chunk %s not taken: foreign shape %s", name, shape)
-        link.ask("release", [name])
+            link.ask("release", [name])
+            return None
+        obj = self.allocate(shape, dtype, MemoryFormat(fmt))
+        moving = True
+        try:
+            self._agent.move("READ", link.agent, [(obj.tensor.data_ptr(), link.address + offset, length)])
+            moving = False
+            link.ask("release", [name])
+        except BaseException as error:
+            # after a late read its memory may still be written to: it is never given back
+            if not (moving and isinstance(error, TimeoutError)):
+                self.give_back(obj)
+            raise
         return obj
 
     def count_on(self, link: _PeerLink, keys: Sequence[CacheEngineKey]) -> int:
