@@ -474,11 +474,17 @@ class Instance(Child):
 
     def started(self) -> None:
         """From now on the engine's processes are watched too: an idle instance does not notice when one dies."""
+        titles = {}
         for pid in descendants(self.process.pid):
             with suppress(OSError):
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
                 if title.startswith(ENGINE_TITLE):
-                    self._engines[pid] = title.split()[0]
+                    titles[pid] = title
+        parents = _parents()
+        # One that has its parent's title is a fork on its way to become another program, which may end at any time.
+        self._engines = {
+            pid: title.split()[0] for pid, title in titles.items() if titles.get(parents.get(pid, 0)) != title
+        }
 
     def check(self) -> None:
         """Raises Failure when a process of the instance has ended, with what it said about the cause."""

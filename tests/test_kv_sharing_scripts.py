@@ -86,6 +86,11 @@ def test_one_stores_and_the_other_retrieves(model: Path, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"kv_server.log", "store.log", "retrieve.log"}
 
 
+def test_a_fork_of_an_engine_may_end(model: Path) -> None:
+    done = run(model, MOCK_FORK="retrieve", MOCK_STORE_DELAY="store:2.5")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_retrieve_waits_until_all_ranks_have_stored(model: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "out.json")
     done = run(model, "--json", path, script=SCRIPT_TP2, MOCK_STORE_DELAY="store:0.7")

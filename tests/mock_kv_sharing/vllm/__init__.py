@@ -46,6 +46,8 @@ class LLM:
         self.requests = 0
         # as vLLM has one: a process that would outlive a parent that is killed, with a title of its own
         script = "while :; do sleep 1; done"
+        if fault("FORK"):  # for a while a second process has the title
+            script = f"(while [ $SECONDS -lt 1 ]; do read -rt 0.1 <> <(:); done) & {script}"
         self.engine = subprocess.Popen(["VLLM::MockEngine", "-c", script], executable="/bin/bash")
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
         print(f"mock vLLM, role {ROLE}", flush=True)
