@@ -155,6 +155,8 @@ async def load(port: int, count: int, seed: int, mocks: list[MockProcess] | None
         for number in numbers:
             end = await asyncio.wait_for(one_request(port, number, rng), deadline - time.monotonic())
             ends[end] = ends.get(end, 0) + 1
+            if end in ("error 502", "error 503"):  # refused at once: without a pause they would soon be all the load
+                await asyncio.sleep(0.1)
 
     async def disturb(victims: list[MockProcess]) -> None:
         while True:
