@@ -323,14 +323,12 @@ def test_deadlines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mock", "stage"),
-    [("prefill.delay=60", "prefill"), ("decode.delay=60", "decode"), ("decode.hang=2", "decode"),
-     ("decode.chunks=1000000;decode.gap=0.001", "decode")],
+    ("mock", "stage", "stream"),
+    [("prefill.delay=60", "prefill", False), ("prefill.delay=60", "prefill", True),
+     ("decode.delay=60", "decode", False), ("decode.delay=60", "decode", True),
+     ("decode.hang=2", "decode", True), ("decode.chunks=1000000;decode.gap=0.001", "decode", True)],
 )  # fmt: skip
-@pytest.mark.parametrize("stream", [False, True])
 def test_hang_up_reaches_the_server(plain: Stack, mock: str, stage: str, stream: bool) -> None:
-    if not stream and ("hang" in mock or "chunks" in mock):
-        pytest.skip("only streams have parts")
     state = plain.prefill if stage == "prefill" else plain.decode
     before = state.aborted
     body = json.dumps({"prompt": "x", "stream": stream}).encode()
