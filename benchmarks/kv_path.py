@@ -49,8 +49,9 @@ from lmcache.v1.cache_engine import LMCacheEngineBuilder
 from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.metadata import LMCacheMetadata
 
-from disagg_prefill_lmcache_v1 import kv_store, kv_transfer
-from disagg_prefill_lmcache_v1.kv_layout import BlockLayout, KVMover
+from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
+from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
 
 # layers, KV heads, head size, dtype, block size on CPU
 SHAPES: dict[str, tuple[int, int, int, torch.dtype, int]] = {
@@ -60,7 +61,10 @@ SHAPES: dict[str, tuple[int, int, int, torch.dtype, int]] = {
 SERVERS = {
     "lm": [sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", "{port}"],
     "redis": ["redis-server", "--bind", "127.0.0.1", "--port", "{port}", "--save", "", "--appendonly", "no"],
-    "shm": [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv_shm_server", "127.0.0.1", "{port}", "--size", "{size}"],
+    "shm": [
+        *(sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"),
+        *("127.0.0.1", "{port}", "--size", "{size}"),
+    ],
 }
 CHUNK = 256  # tokens
 
@@ -195,7 +199,7 @@ def engine_of(url: str, shape: str, copy: Any, size: int) -> Iterator[Any]:
     plugins: dict[str, Any] = {"remote_url": url}
     if url.startswith("shm://"):
         extra |= {
-            "remote_storage_plugin.shm.module_path": "disagg_prefill_lmcache_v1.kv_shm",
+            "remote_storage_plugin.shm.module_path": "disagg_prefill_lmcache_v1.kv.stores.shm",
             "remote_storage_plugin.shm.class_name": "ShmConnectorAdapter",
             "remote_storage_plugin.shm.url": url,
         }

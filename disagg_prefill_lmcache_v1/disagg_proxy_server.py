@@ -28,12 +28,12 @@ if not __package__:  # run as a script: make the package importable, and none of
 
 import uvicorn
 
-from disagg_prefill_lmcache_v1.proxy_app import create_app
-from disagg_prefill_lmcache_v1.proxy_downstream import ClientProtocol
-from disagg_prefill_lmcache_v1.proxy_log import AccessLog
-from disagg_prefill_lmcache_v1.proxy_metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy_pool import read_members
-from disagg_prefill_lmcache_v1.proxy_settings import Settings, SettingsError, load_settings
+from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
+from disagg_prefill_lmcache_v1.proxy.app import create_app
+from disagg_prefill_lmcache_v1.proxy.downstream import ClientProtocol
+from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
+from disagg_prefill_lmcache_v1.proxy.pool import read_members
+from disagg_prefill_lmcache_v1.proxy.settings import Settings, SettingsError, load_settings
 
 log = logging.getLogger("disagg_proxy")
 

@@ -36,7 +36,7 @@ SWITCHES_TABLE=(
 
 # What makes the two vLLM roles differ.
 declare -A KV_ROLE=([prefiller]=kv_producer [decoder]=kv_consumer)
-declare -A ROLE_ARGS=([prefiller]="--middleware disagg_prefill_lmcache_v1.kv_visibility.HoldUntilVisible" [decoder]="")
+declare -A ROLE_ARGS=([prefiller]="--middleware disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible" [decoder]="")
 
 declare -A FLAGS=()       # given on the command line
 declare -A PROFILE=()     # from profiles/*.env
@@ -533,7 +533,7 @@ choose_python() {
 
 # has_servers PYTHON: whether it finds vLLM (on the cpu device: a CPU build) and LMCache. Imports neither.
 has_servers() {
-  command -v "$1" >/dev/null && "$1" "$HERE/preflight.py" --has-servers "${S[device]}" >/dev/null 2>&1
+  command -v "$1" >/dev/null && "$1" "$HERE/launch/preflight.py" --has-servers "${S[device]}" >/dev/null 2>&1
 }
 
 # setup_python EXTRA: installs an extra of pyproject.toml into PYTHON's environment if that is ours to fill; a stamp makes
@@ -545,7 +545,7 @@ setup_python() {
   venv=$(dirname -- "$(dirname -- "$PYTHON")")
   if [[ $PYTHON_KIND == active && $1 == "${PROFILE[SETUP_EXTRA]}" && ! -e $venv/.disagg ]]; then
     if has_servers "$PYTHON"; then return 0; fi
-    "$PYTHON" "$HERE/preflight.py" --untouched ||
+    "$PYTHON" "$HERE/launch/preflight.py" --untouched ||
       die "$venv already has a vLLM, LMCache or torch of its own: complete it by hand or deactivate it"
     : >"$venv/.disagg" # filled by set-up from here on, even if this run is interrupted
   fi
@@ -582,11 +582,11 @@ install_extra() {
   if [[ $extra == "${PROFILE[SETUP_EXTRA]:-}" ]]; then
     # Torch first and alone, what it needs comes with the rest: where this index cannot be reached (a mirror has the
     # CPU build then), every package that is asked through it costs some 8 s of retries.
-    "$python" "$HERE/preflight.py" --has-version torch "${PROFILE[SETUP_TORCH]}+cpu" ||
+    "$python" "$HERE/launch/preflight.py" --has-version torch "${PROFILE[SETUP_TORCH]}+cpu" ||
       run_step "installing torch ${PROFILE[SETUP_TORCH]} for CPU" "$log" "${pip[@]}" install --no-deps \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch==${PROFILE[SETUP_TORCH]}+cpu"
   fi
-  mapfile -t packages < <("$python" "$HERE/preflight.py" --missing "$extra" || printf 'failed\n')
+  mapfile -t packages < <("$python" "$HERE/launch/preflight.py" --missing "$extra" || printf 'failed\n')
   [[ ${packages[*]} != *failed* ]] || die "cannot read the extra '$extra' of $REPO/pyproject.toml with $python"
   [[ -z ${packages[*]} ]] || run_step "installing ${packages[*]}" "$log" "${pip[@]}" install "${packages[@]}"
   if [[ $extra == "${PROFILE[SETUP_EXTRA]:-}" ]]; then
@@ -731,13 +731,13 @@ check_python() {
   read -r -a modules <<<"${PROFILE[REQUIRED_MODULES]} ${PROFILE[DEVICE_MODULES]:-}"
   [[ ${S[backend]} != nixl ]] || modules+=("${PROFILE[NIXL_MODULES]}")
   while IFS= read -r line; do problem "$line"; done < <(DISAGG_REDIS_URL=${S[redis_url]} \
-    "$PYTHON" "$HERE/preflight.py" --device "${S[device]}" --modules "${modules[@]}" 2>&1 || true)
+    "$PYTHON" "$HERE/launch/preflight.py" --device "${S[device]}" --modules "${modules[@]}" 2>&1 || true)
   report_problems
 }
 
 # check_redis_answers: PING to the Redis that the servers will use.
 check_redis_answers() {
-  DISAGG_REDIS_URL=$(kv_url) "$PYTHON" "$HERE/preflight.py" >&2 || die "the KV server cannot be used"
+  DISAGG_REDIS_URL=$(kv_url) "$PYTHON" "$HERE/launch/preflight.py" >&2 || die "the KV server cannot be used"
 }
 
 # --- ports ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Where KV chunks go: one client a store."""

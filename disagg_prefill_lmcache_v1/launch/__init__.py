@@ -1,0 +1,1 @@
+"""Settings, command lines, set-up, preflight and supervision of the stack."""

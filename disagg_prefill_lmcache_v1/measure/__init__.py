@@ -1,0 +1,1 @@
+"""The load, the correctness probe and the summary, over HTTP alone."""

@@ -1,0 +1,169 @@
+"""Runs the launch scripts with stand-in programs and tells what is left running."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "disagg_prefill_lmcache_v1"
+STANDINS = REPOSITORY / "tests" / "helpers" / "standins"
+EXAMPLE = "disagg_example_gaudi_lm.sh"
+LAUNCHER = "disagg_vllm_launcher_gaudi_lm.sh"
+ROLES = ("proxy", "prefiller", "decoder", "kv")
+TIMEOUT_S = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listened on a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def free_ports_in_a_row(count: int) -> int:
+    """The first of so many ports that nothing listened on a moment ago."""
+    while True:
+        (first,) = free_ports(1)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_S) -> None:
+    """Waits for a condition; fails with `what` after a deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def parse_dry_run(text: str) -> dict[str, tuple[dict[str, str], list[str]]]:
+    """Name of each printed command -> its environment and its words."""
+    commands = {}
+    lines = iter(text.splitlines())
+    for line in lines:
+        assert line.startswith("# "), line
+        words = shlex.split(next(lines))
+        assert words[0] == "env", words
+        count = 1
+        while "=" in words[count]:
+            count += 1
+        commands[line[2:].split(" ")[0]] = (dict(word.split("=", 1) for word in words[1:count]), words[count:])
+    return commands
+
+
+def option(words: list[str], flag: str) -> str:
+    """The value after a flag; the last one counts, as with argparse."""
+    return words[len(words) - words[::-1].index(flag)]
+
+
+class Launch:
+    """One set of stand-ins, free ports and a run directory for a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.records = folder / "records"
+        self.model = folder / "model"
+        for each in (self.records, self.model, folder / "home"):
+            each.mkdir()
+        (self.model / "config.json").write_text("{}")
+        self.ports = dict(zip(ROLES, free_ports(len(ROLES)), strict=True))
+        self.mark = uuid.uuid4().hex
+        server = f"{sys.executable} {STANDINS}/standin_server.py"
+        self.environment = {
+            "PATH": f"{STANDINS}:{os.environ['PATH']}",
+            "HOME": str(folder / "home"),
+            "LAUNCH_TEST_MARK": self.mark,
+            "DISAGG_PYTHON": sys.executable,
+            "STANDIN_PYTHON": sys.executable,
+            "STANDIN_RECORD": str(self.records),
+            "VLLM_PROGRAM": "vllm serve",
+            "KV_SERVER_PROGRAM": f"{server} kv",
+            "PROXY_PROGRAM": f"{server} proxy",
+            "LOAD_PROGRAM": f"{sys.executable} {STANDINS}/standin_load.py",
+        }
+
+    def arguments(self, *arguments: str, device: str = "cpu") -> list[str]:
+        """Flags of a run that collides with nothing."""
+        ports = [f"--{role}-port={port}" for role, port in self.ports.items()]
+        return [f"--device={device}", f"--model={self.model}", f"--run-dir={self.run_dir}", *ports, *arguments]
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A script of the package, running."""
+        return subprocess.Popen(
+            ["bash", str(PACKAGE / command[0]), *command[1:]],
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+        )
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A script of the package, until it ends. Nothing may be left over."""
+        return self.finish(self.start(*command, **environment))
+
+    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"the script did not end:\n{out}\n{err}") from None
+        assert self.running() == [], f"left running after:\n{err}"
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def bash(self, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A piece of bash with the library sourced."""
+        return subprocess.run(
+            ["bash", "-Eeuo", "pipefail", "-c", f"source {PACKAGE}/lib.sh\n{body}"],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+
+    def record(self, name: str) -> dict:
+        return json.loads((self.records / f"{name}.json").read_text())
+
+    def has_record(self, name: str) -> bool:
+        return (self.records / f"{name}.json").exists()
+
+    def running(self) -> list[int]:
+        """Processes that carry this test's mark; those on their way out get a moment."""
+        deadline = time.monotonic() + 2
+        while pids := list(self._marked()):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return pids
+
+    def _marked(self) -> Iterator[int]:
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"LAUNCH_TEST_MARK={self.mark}".encode() in entry.read_bytes():
+                    yield int(entry.parent.name)
+            except OSError:
+                continue
+
+    def kill_leftovers(self) -> None:
+        for pid in self._marked():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

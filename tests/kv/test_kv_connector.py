@@ -1,0 +1,591 @@
+"""kv_connector: what it adds to LMCache's connector, each against LMCache's own classes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch_harness import wait_until
+
+pytest.importorskip("vllm", reason="vLLM is not installed: its connector interface is what is tested")
+pytest.importorskip("lmcache", reason="LMCache is not installed: its connector is what is tested")
+
+from lmcache.integration.vllm.vllm_v1_adapter import (
+    LMCacheConnectorMetadata,
+    LMCacheConnectorV1Impl,
+    ReqMeta,
+    RequestTracker,
+)
+from lmcache.v1.protocol import MAX_KEY_LENGTH
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from disagg_prefill_lmcache_v1.kv import connector as kv_connector
+from disagg_prefill_lmcache_v1.kv import meter as kv_meter
+from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1, PagedKVConnector, PutTracker
+from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv.meter import Meter
+from disagg_prefill_lmcache_v1.kv.policy import LOADS_TRUSTED, LoadBook, LoadPolicy, StepNote
+
+BLOCK, CHUNK = 32, 64
+
+
+class Heard:
+    """An announcer that keeps what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def __bool__(self):
+        return True
+
+    def begin(self, request_id):
+        self.said.append(("begin", request_id))
+
+    def end(self, request_id, rank, ranks, state, reason="", transfer_ms=0.0):
+        self.said.append(("end", request_id, state, reason))
+
+
+class Prefill:
+    """Drives a request through LMCache's real bookkeeping, step by step, as the scheduler does.
+
+    ``step(n)`` schedules n more prompt tokens and returns what is to be stored of the request: (from, to) or None.
+    """
+
+    def __init__(self, prompt_len, cached=0, configs=None):
+        self.prompt_len, self.done = prompt_len, cached
+        self.tracker = RequestTracker(
+            req_id="r", prompt_len=prompt_len, token_ids=list(range(cached)), allocated_block_ids=list(range(100)),
+            num_saved_tokens=cached, request_configs=configs,
+        )  # fmt: skip
+        self.impl = SimpleNamespace(
+            _request_trackers={"r": self.tracker}, _discard_partial_chunks=False, _block_size=BLOCK,
+            _lmcache_chunk_size=CHUNK,
+        )  # fmt: skip
+        self.connector = object.__new__(LMCacheDisaggConnectorV1)
+        self.connector._lmcache_engine = self.impl
+        self.connector._announcer = Heard()
+        self.connector._role_name = "kv_producer"
+        self.first = True
+
+    def step(self, tokens, patched=True):
+        if self.first:
+            self.tracker.token_ids = list(range(self.done + tokens))
+        else:
+            self.tracker.update(list(range(self.done, self.done + tokens)), None)
+        self.done += tokens
+        meta = LMCacheConnectorMetadata()
+        request = ReqMeta.from_request_tracker(self.tracker, BLOCK, CHUNK, None, False)
+        if request is not None:
+            meta.add_request(request)
+        if patched:
+            new = [SimpleNamespace(req_id="r")] if self.first else []
+            output = SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens={"r": tokens})
+            self.impl.build_connector_meta = lambda _: meta
+            meta = self.connector.build_connector_meta(output)
+        self.first = False
+        assert len(meta.requests) <= 1
+        if not meta.requests or not meta.requests[0].save_spec.can_save:
+            return None
+        request = meta.requests[0]
+        return request.save_spec.skip_leading_tokens, len(request.token_ids)
+
+
+def covered(prefill, steps, patched=True):
+    """Prompt tokens that are stored in the end; each step must go on where the last one stopped."""
+    upto = prefill.tracker.num_saved_tokens
+    for tokens in steps:
+        stored = prefill.step(tokens, patched)
+        if stored is not None:
+            assert stored[0] <= upto
+            upto = max(upto, stored[1])
+    return upto
+
+
+@pytest.mark.parametrize(
+    ("prompt", "steps"),
+    [
+        (5, [5]),
+        (CHUNK, [CHUNK]),
+        (100, [100]),
+        (100, [70, 30]),
+        (100, [99, 1]),
+        (65, [64, 1]),
+        (300, [100, 100, 100]),
+        (129, [128, 1]),
+        (190, [130, 60]),
+    ],
+)
+def test_the_whole_prompt_is_stored_however_it_is_prefilled(prompt, steps):
+    assert covered(Prefill(prompt), steps) == prompt
+
+
+def test_stock_lmcache_leaves_the_tail_out():
+    """Why build_connector_meta is extended; when this fails, LMCache has mended it and the extension can go."""
+    assert covered(Prefill(100), [70, 30], patched=False) == 64
+    assert covered(Prefill(100), [99, 1], patched=False) == 64
+
+
+@pytest.mark.parametrize(("cached", "prompt"), [(CHUNK, 100), (2 * CHUNK, 129), (CHUNK, 65)])
+def test_the_tail_after_a_cached_prefix_is_stored(cached, prompt):
+    prefill = Prefill(prompt, cached=cached)
+    assert prefill.step(prompt - cached) == (cached, prompt)
+
+
+def test_decoding_stores_nothing_more():
+    prefill = Prefill(100)
+    prefill.step(100)
+    assert [prefill.step(1) for _ in range(3)] == [None] * 3
+    assert prefill.tracker.num_saved_tokens == 100
+
+
+def test_every_request_is_announced_once_and_unstored_ones_end():
+    prefill = Prefill(100)
+    prefill.step(70)
+    prefill.step(30)
+    assert prefill.connector._announcer.said == [("begin", "r")]
+    unstored = Prefill(100, configs={"lmcache.skip_save": True})
+    assert unstored.step(70) is None
+    assert unstored.step(30) is None
+    assert unstored.connector._announcer.said == [("begin", "r"), ("end", "r", "none", "")]
+
+
+# loads
+
+
+def checked(loaded, cached=0, tokens=200):
+    """Block numbers reported for a load of ``tokens`` of which ``loaded`` arrived and vLLM had ``cached``."""
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
+    arrived = torch.zeros(tokens, dtype=torch.bool)
+    arrived[:loaded] = True
+    engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: arrived)
+    connector._watch_loads(engine)
+    mask = torch.ones(tokens, dtype=torch.bool)
+    mask[: cached // CHUNK * CHUNK] = False
+    arrived &= mask
+    slots = torch.arange(tokens) + 10 * BLOCK
+    assert engine.retrieve([0] * tokens, mask, slot_mapping=slots, vllm_cached_tokens=cached) is arrived
+    return connector._lmcache_engine._invalid_block_ids
+
+
+def test_complete_loads_report_nothing():
+    assert checked(200) == set()
+    assert checked(200, cached=96) == set()
+
+
+def test_missing_tokens_are_reported():
+    assert checked(0) == {10, 11, 12, 13, 14, 15, 16}
+    assert checked(128) == {14, 15, 16}
+
+
+def test_missing_tokens_are_reported_when_counts_would_hide_them():
+    # 96 tokens cached in vLLM: LMCache loads from 64, gets 64 of 136 and needs 104; with 32 more it would be content
+    assert checked(192, cached=96) == {16}
+
+
+def test_blocks_that_vllm_had_are_never_reported():
+    assert checked(64, cached=96) == {13, 14, 15, 16}
+
+
+# the choice to load
+
+
+class Lookup:
+    """LMCache's lookup client: what it finds is a setting."""
+
+    def __init__(self, found):
+        self.found, self.asked = found, 0
+
+    def lookup_cache(self, lookup_id):
+        return -1
+
+    def lookup(self, tokens, lookup_id, request_configs=None):
+        self.asked += 1
+        return self.found
+
+    def clear_lookup_status(self, lookup_id):
+        pass
+
+    def supports_producer_reuse(self):
+        return True
+
+
+class Scheduler:
+    """LMCache's real scheduler side with a request that is new and, after a preemption, comes back."""
+
+    def __init__(self, loads, found, prompt_len=300, role="kv_consumer"):
+        impl = object.__new__(LMCacheConnectorV1Impl)
+        vars(impl).update(
+            kv_role=role, load_specs={}, _requests_priority={}, skip_last_n_tokens=0, _max_tokens_per_load=0,
+            _unfinished_requests={}, _request_trackers={}, _block_size=BLOCK, _lmcache_chunk_size=CHUNK,
+            _discard_partial_chunks=False, force_skip_save=False, async_loading=False,
+            config=SimpleNamespace(
+                min_retrieve_tokens=0, priority_limit=None, save_decode_cache=False,
+                get_extra_config_value=lambda name, default: default,
+            ),
+            _manager=SimpleNamespace(lookup_client=Lookup(found), lmcache_engine=None),
+        )  # fmt: skip
+        self.connector = object.__new__(LMCacheDisaggConnectorV1)
+        self.connector._lmcache_engine, self.connector._announcer, self.connector._role_name = impl, Heard(), role
+        self.book = self.connector._book = LoadBook(LoadPolicy("always" if loads else "never"))
+        self.impl = impl
+        self.request = SimpleNamespace(
+            request_id="r", all_token_ids=list(range(prompt_len)), prompt_token_ids=list(range(prompt_len)),
+            num_tokens=prompt_len, num_prompt_tokens=prompt_len, sampling_params=SimpleNamespace(extra_args=None),
+            num_computed_tokens=0, mm_features=[], kv_transfer_params=None, status="running",
+        )  # fmt: skip
+
+    def schedule(self, cached=0, resumed=False):
+        """One step that schedules the whole prompt; the metadata for the workers, and the tokens to load."""
+        request, connector = self.request, self.connector
+        tokens, _ = connector.get_num_new_matched_tokens(request, cached)
+        again, _ = connector.get_num_new_matched_tokens(request, cached)  # it had to wait
+        assert again == tokens
+        connector.update_state_after_alloc(request, None, tokens)
+        request.num_computed_tokens = cached + tokens
+        new = SimpleNamespace(
+            req_id="r", prompt_token_ids=request.prompt_token_ids, block_ids=(list(range(20)),),
+            num_computed_tokens=cached + tokens, sampling_params=request.sampling_params, mm_features=[],
+        )  # fmt: skip
+        olds = SimpleNamespace(
+            req_ids=["r"] if resumed else [], resumed_req_ids={"r"} if resumed else set(),
+            new_block_ids=[(list(range(20)),)], num_computed_tokens=[cached + tokens],
+        )  # fmt: skip
+        output = SimpleNamespace(
+            finished_req_ids=set(), scheduled_new_reqs=[] if resumed else [new], scheduled_cached_reqs=olds,
+            num_scheduled_tokens={"r": request.num_tokens - cached - tokens},
+        )  # fmt: skip
+        return connector.build_connector_meta(output), tokens
+
+
+def test_a_request_that_loads_is_as_without_a_policy():
+    scheduler = Scheduler(True, found=300)
+    meta, tokens = scheduler.schedule()
+    assert tokens == 299
+    assert meta.requests[0].load_spec.can_load
+    assert (meta.load_note.compute_tokens, meta.load_note.released) == (0, [])
+    assert scheduler.connector.get_kv_connector_stats().data == {"loads": 1}
+
+
+@pytest.mark.parametrize("role", ["kv_consumer", "kv_producer"])
+def test_a_request_that_computes_loads_nothing_and_leaves_nothing_behind(role):
+    scheduler = Scheduler(False, found=256, role=role)
+    meta, tokens = scheduler.schedule(cached=64)
+    assert tokens == 0
+    assert all(not request.load_spec or not request.load_spec.can_load for request in meta.requests)
+    assert (meta.load_note.compute_tokens, meta.load_note.released) == (236, ["r"])
+    assert scheduler.connector.get_kv_connector_stats().data == {"recomputes": 1, "recomputed_tokens": 192}
+    assert scheduler.impl.load_specs == {}
+    if role == "kv_producer":
+        saved = [request.save_spec for request in meta.requests if request.save_spec.can_save]
+        assert [spec.skip_leading_tokens for spec in saved] == [0], "stored whole, as if the store had nothing"
+    scheduler.connector.request_finished(scheduler.request, [])
+    assert scheduler.book._choices == {}
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_preempted_request_comes_back(loads):
+    scheduler = Scheduler(loads, found=256)
+    scheduler.schedule()
+    meta, tokens = scheduler.schedule(cached=64, resumed=True)  # LMCache checks the count of tokens itself
+    assert tokens == (192 if loads else 0)
+    assert meta.load_note.compute_tokens == (0 if loads else 236)  # the 44 left are too few to be measured
+    assert len(scheduler.connector.get_kv_connector_stats().data) == (1 if loads else 2)
+
+
+def test_what_the_store_lacks_is_no_choice():
+    scheduler = Scheduler(False, found=0)
+    meta, tokens = scheduler.schedule()
+    assert (tokens, meta.load_note.released, meta.load_note.compute_tokens) == (0, [], 300)
+    assert scheduler.connector.get_kv_connector_stats() is None
+
+
+def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
+    scheduler = Scheduler(True, found=300)
+    meta, _ = scheduler.schedule()
+    worker = object.__new__(LMCacheDisaggConnectorV1)
+    unpinned = []
+    engine = SimpleNamespace(
+        retrieve=lambda tokens, mask=None, **kwargs: torch.ones(len(tokens), dtype=torch.bool),
+        lookup_unpin=unpinned.append,
+    )
+    worker._lmcache_engine = SimpleNamespace(
+        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
+    )
+    worker._meter, worker._tracker = Meter("cpu"), None
+    worker._watch_loads(engine)
+    meta.load_note.compute_tokens, meta.load_note.released = 300, ["q"]
+    scheduler.book._steps[meta.load_note.number] = [(300, 300)]
+    worker.bind_connector_metadata(meta)
+    engine.retrieve([0] * 300, None, vllm_cached_tokens=44, req_id="r", slot_mapping=torch.arange(300))
+    worker.wait_for_save()
+    assert unpinned == ["q"]
+    output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+    scheduler.connector.update_connector_output(output)
+    assert output.kv_connector_stats is None, "what the workers measured is for the scheduler alone"
+    totals = scheduler.connector.get_kv_connector_stats().data
+    assert (totals["loads"], totals["loaded_tokens"], totals["compute_tokens"]) == (1, 256, 300)
+    assert totals["load_seconds"] > 0
+    assert scheduler.connector.get_kv_connector_stats() is None
+    assert worker.get_kv_connector_stats() is None
+
+
+def test_a_runner_that_reports_only_transfers_is_helped(monkeypatch):
+    from vllm.v1.outputs import KVConnectorOutput
+
+    monkeypatch.setattr(KVConnectorOutput, "__init__", KVConnectorOutput.__init__)
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=lambda: {3, 4})
+    connector._meter = Meter("cpu")
+    connector._meter.step_begin(StepNote(1, 300))
+    connector._meter.step_end()
+    kv_connector._report_everything(connector)
+    output = KVConnectorOutput(finished_sending=None, finished_recving={"r"})
+    assert (output.finished_recving, output.invalid_block_ids) == ({"r"}, {3, 4})
+    assert list(output.kv_connector_stats.data) == ["step_times"]
+    own = KVConnectorOutput(invalid_block_ids={5})
+    assert (own.invalid_block_ids, own.kv_connector_stats) == ({5}, None)
+
+
+def test_slow_loads_make_auto_compute(monkeypatch):
+    """Requests one after the other, each measured by a worker: loads take 2 ms a token, computing takes 1 ms."""
+    clock = SimpleNamespace(now=0.0)
+    clock.mark, clock.seconds = lambda: clock.now, lambda begin, end: end - begin
+    monkeypatch.setattr(kv_meter, "make_clock", lambda device: clock)
+
+    def retrieve(tokens, mask=None, **kwargs):
+        clock.now += 0.002 * len(tokens)
+        return torch.ones(len(tokens), dtype=torch.bool)
+
+    engine = SimpleNamespace(retrieve=retrieve, lookup_unpin=lambda request_id: None)
+    worker = object.__new__(LMCacheDisaggConnectorV1)
+    worker._lmcache_engine = SimpleNamespace(
+        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
+    )
+    worker._meter, worker._tracker = Meter("any"), None
+    worker._watch_loads(engine)
+    book = LoadBook(LoadPolicy("auto"))
+    book.policy.record_compute(256, 0.256)  # the calibration
+    loaded = []
+    for _ in range(10):
+        scheduler = Scheduler(True, found=300)
+        scheduler.connector._book = book
+        meta, tokens = scheduler.schedule()
+        worker.bind_connector_metadata(meta)
+        if tokens:
+            engine.retrieve([0] * 300, None, req_id="r")
+        clock.now += 0.001 * (300 - tokens)
+        worker.wait_for_save()
+        output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+        scheduler.connector.update_connector_output(output)
+        scheduler.connector.request_finished(scheduler.request, [])
+        loaded.append(tokens)
+    assert loaded == [299] * LOADS_TRUSTED + [0] * (10 - LOADS_TRUSTED)
+    totals = scheduler.connector.get_kv_connector_stats().data
+    assert totals == {
+        "loads": 3,
+        "loaded_tokens": 900,
+        "load_seconds": pytest.approx(1.8),
+        "recomputes": 7,
+        "recomputed_tokens": 7 * 299,
+        "compute_tokens": 2100,
+        "compute_seconds": pytest.approx(2.1),
+    }
+
+
+def test_an_incomplete_load_is_no_measurement():
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
+    connector._meter = Meter("cpu")
+    engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: torch.zeros(len(tokens), dtype=torch.bool))
+    connector._watch_loads(engine)
+    connector._meter.step_begin(StepNote(1, 0))
+    engine.retrieve([0] * 64, None, req_id="r", slot_mapping=torch.arange(64))
+    (load,) = connector.get_kv_connector_stats().data["load_times"].values()
+    assert load[2] == 0
+
+
+# visibility
+
+
+class Store:
+    def __init__(self, present=10**6):
+        self.present = present
+
+    async def batched_async_contains(self, lookup_id, keys):
+        return min(self.present, len(keys))
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    monkeypatch.setenv("DISAGG_KV_WAIT_TIMEOUT", "0.5")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    engine = SimpleNamespace(
+        storage_manager=SimpleNamespace(loop=loop),
+        is_healthy=lambda: engine.healthy,
+        healthy=True,
+        token_database=SimpleNamespace(process_tokens=lambda tokens, request_configs: [(0, 0, t) for t in tokens]),
+        store=Store(),
+    )
+    monkeypatch.setattr(kv_connector, "_remote_backend", lambda e: SimpleNamespace(connection=e.store))
+    yield PutTracker(engine, Heard(), 0, 1)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def ends(tracker, count=1):
+    said = tracker._announcer.said
+    wait_until(lambda: len(said) >= count, "the end is announced", 5)
+    return said
+
+
+def test_end_comes_after_the_last_put(tracker):
+    tracker.submitted(["a", "b", "b"])
+    tracker.confirm("r1", ["a", "b"], None)
+    tracker.done("a")
+    tracker.done("b")
+    tracker.confirm("r2", ["c"], None)
+    assert ends(tracker) == [("end", "r2", "stored", "")]
+    tracker.done("b")
+    assert ends(tracker, 2)[1] == ("end", "r1", "stored", "")
+
+
+def test_put_that_never_ends(tracker):
+    tracker.submitted(["a"])
+    tracker.confirm("r", ["a"], None)
+    assert ends(tracker)[0][:3] == ("end", "r", "failed")
+    assert "0.5 s" in ends(tracker)[0][3]
+
+
+def test_lost_chunks_and_dead_stores_are_told(tracker):
+    tracker._engine.store.present = 2
+    tracker.confirm("r", ["a", "b", "c"], None)
+    assert ends(tracker)[0] == ("end", "r", "failed", "1 of 3 chunks are not in the KV store")
+    tracker._engine.healthy = False
+    tracker.confirm("r", ["a"], None)
+    assert "unhealthy" in ends(tracker, 2)[1][3]
+
+
+# refusals and names
+
+
+def vllm_config(device="cpu", mla=False, cache_dtype="auto"):
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device=torch.device(device)),
+        model_config=SimpleNamespace(use_mla=mla),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+    )
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(asked, compiled, **config): who copies."""
+
+    def one(asked="", compiled=False, **config):
+        monkeypatch.setenv(kv_connector.COPY_VARIABLE, asked)
+        monkeypatch.setattr(kv_connector, "_lmcache_is_compiled", lambda: compiled)
+        return kv_connector._choose_copy(vllm_config(**config))
+
+    return one
+
+
+def test_refuses_what_it_cannot_move(choose):
+    assert choose() == "own"
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UnsupportedKVLayout, match=f"MLA models are not supported on {device}"):
+            choose(device=device, mla=True)
+        for dtype in ("fp8", "fp8_e5m2", "int8"):
+            with pytest.raises(UnsupportedKVLayout, match=f"--kv-cache-dtype {dtype}"):
+                choose(device=device, cache_dtype=dtype)
+    with pytest.raises(UnsupportedKVLayout, match="MLA"):
+        choose("own", compiled=True, device="cuda", mla=True)
+
+
+def test_lmcaches_copy_where_it_can_do_more(choose):
+    assert choose(device="meta", mla=True, cache_dtype="fp8") == "stock"
+    assert choose(device="meta") == "stock"
+    assert choose("own", device="meta") == "own"
+    assert choose(compiled=True, device="cuda") == "auto"
+    assert choose(compiled=True, device="cuda", mla=True) == "stock"
+    assert choose("stock", compiled=True, device="cuda") == "stock"
+
+
+def test_prompts_without_token_ids_are_refused():
+    config = vllm_config()
+    kv_connector._refuse_prompt_embeds(config)
+    config.model_config.enable_prompt_embeds = True
+    config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
+    with pytest.raises(ValueError, match="--enable-prompt-embeds is not supported"):
+        LMCacheDisaggConnectorV1(config, KVConnectorRole.SCHEDULER)
+
+
+def test_a_choice_that_cannot_be_is_refused(choose):
+    with pytest.raises(ValueError, match="DISAGG_KV_COPY='fast': allowed: auto, own, stock"):
+        choose("fast")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"DISAGG_KV_COPY=stock: LMCache cannot copy the KV cache on {device}"):
+            choose("stock", device=device)
+
+
+def test_copies_wait_for_vllms_stream(monkeypatch):
+    done = []
+
+    class Stream:
+        def wait_stream(self, stream):
+            done.append(("waits for", stream))
+
+    copies = SimpleNamespace(
+        store_stream=Stream(),
+        batched_from_gpu=lambda *a, **k: done.append(("copies", a, k)),
+        batched_to_gpu=None,
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "vllm's")
+    kv_connector._order_streams(copies)
+    copies.batched_from_gpu(1, x=2)
+    assert done == [("waits for", "vllm's"), ("copies", (1,), {"x": 2})]
+
+
+def connector_for(layers):
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    return PagedKVConnector(config, 2, 32)
+
+
+def test_refuses_unknown_layers_and_layouts():
+    with pytest.raises(UnsupportedKVLayout, match="no KV cache update"):
+        connector_for({}).register({"layer": torch.zeros(4, 2, 32, 64)})
+    layer = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=lambda *a: None))
+    with pytest.raises(UnsupportedKVLayout, match="elements"):
+        connector_for({"layer": layer}).register({"layer": torch.zeros(4, 576)})
+
+    def picky(*args):
+        raise RuntimeError("another shape please")
+
+    layer_of_picky = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=picky))
+    with pytest.raises(UnsupportedKVLayout, match=r"cannot fill one block.*another shape"):
+        connector_for({"layer": layer_of_picky}).register({"layer": torch.zeros(4, 2, 32, 64)})
+    with pytest.raises(UnsupportedKVLayout, match="as they are"):
+        connector_for({"layer": layer}).register({"layer": torch.zeros(4, 2, 32, 64)})
+
+
+def test_long_model_names_fit_into_keys():
+    from lmcache.utils import CacheEngineKey
+
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", "/a" * 200 + "/model", "/x/a@b", "tiny-llama"):
+        short = kv_connector.short_model_name(name, 8)
+        key = CacheEngineKey(short, 8, 7, 2**256 - 1, torch.bfloat16, {"lmcache.tag.r": "12345678"})
+        assert len(key.to_string()) <= MAX_KEY_LENGTH
+        assert "@" not in short
+    assert kv_connector.short_model_name("meta-llama/Llama-3.1-8B-Instruct", 8) == "meta-llama/Llama-3.1-8B-Instruct"
+    assert kv_connector.short_model_name("/a" * 200, 1) != kv_connector.short_model_name("/b" * 200, 1)
+
+
+def test_is_lmcaches_connector_to_vllm_and_to_the_gaudi_plugin():
+    assert "LMCache" in LMCacheDisaggConnectorV1.__name__
+    assert issubclass(LMCacheDisaggConnectorV1, KVConnectorBase_V1)
+    assert hasattr(LMCacheConnectorV1Impl, "build_connector_meta")

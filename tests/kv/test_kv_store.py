@@ -1,0 +1,247 @@
+"""kv_store: our clients against real stores started here: LMCache's server, Redis, shared memory, a NIXL receiver."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+import redis
+import torch
+from launch_harness import REPOSITORY, free_ports, wait_until
+
+pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
+
+from lmcache.utils import CacheEngineKey
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.memory_allocators.ad_hoc_memory_allocator import AdHocMemoryAllocator
+from lmcache.v1.memory_management import MemoryFormat
+from lmcache.v1.metadata import LMCacheMetadata
+from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
+from lmcache.v1.storage_backend.connector.redis_connector import RedisConnector
+
+from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
+
+LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
+
+
+class Staging:
+    """What a client needs of LMCache's LocalCPUBackend; counts chunks that were not given back."""
+
+    def __init__(self, kv_heads=HEADS):
+        self.config = LMCacheEngineConfig.from_defaults(chunk_size=CHUNK)
+        self.metadata = LMCacheMetadata(
+            "model", 1, 1, 0, 0, torch.float32, (LAYERS, 2, CHUNK, kv_heads, HEAD_SIZE), chunk_size=CHUNK
+        )
+        self._allocator = AdHocMemoryAllocator("cpu")
+        self.taken = []
+
+    def allocate(self, shape, dtype, fmt, **kwargs):
+        shape, dtype = (x[0] if isinstance(x, list) else x for x in (shape, dtype))
+        obj = self._allocator.allocate(shape, dtype, fmt)
+        self.taken.append(obj)
+        return obj
+
+
+def key(name):
+    return CacheEngineKey("model", 1, 0, abs(hash(name)), torch.float32)
+
+
+def chunk(staging, tokens=CHUNK):
+    obj = staging.allocate(torch.Size((2, LAYERS, tokens, HEADS * HEAD_SIZE)), torch.float32, MemoryFormat.KV_2LTD)
+    obj.tensor.copy_(torch.randn(obj.tensor.shape))
+    return obj
+
+
+class Server:
+    """A real store on a port of its own, that can be killed and started again."""
+
+    def __init__(self, kind, size="64mb"):
+        self.kind, self.port, self.size = kind, free_ports(1)[0], size
+        self.url = f"{kind}://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        if self.kind == "lm":
+            # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
+            command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
+        elif self.kind == "nixl":
+            command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
+        elif self.kind == "shm":
+            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"]
+            command += ["127.0.0.1", str(self.port), "--size", self.size]
+        else:
+            command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(self.answers, f"{self.kind} store answers")
+
+    def answers(self):
+        assert self.process.poll() is None
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+
+REUSING_SERVER = """
+import socket, sys
+class Reusing(socket.socket):
+    def bind(self, address):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)
+import lmcache.v1.server.__main__ as server
+server.socket.socket = Reusing
+server.main()
+"""
+
+
+class Client:
+    def __init__(self, server, loop, **kwargs):
+        self.staging = Staging(**kwargs)
+        self.loop = loop
+        self.connector = kv_store.connect(server.url, loop, self.staging)
+
+    def __call__(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def put(self, keys, objs):
+        self(self.connector.batched_put(keys, objs))
+
+    def get(self, keys):
+        return self(self.connector.batched_get(keys))
+
+
+@pytest.fixture
+def client(server, loop):
+    client = Client(server, loop)
+    yield client
+    client(client.connector.close())
+
+
+def test_round_trip_of_whole_and_part_filled_chunks(client):
+    keys = [key(uuid.uuid4()) for _ in range(9)]
+    objs = [chunk(client.staging, tokens=CHUNK if i < 8 else 5) for i in range(9)]
+    client.put(keys, objs)
+    assert client.connector.batched_contains(keys) == 9
+    got = client.get(keys)
+    assert [o.tensor.shape[2] for o in got] == [CHUNK] * 8 + [5]
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(objs, got, strict=True))
+
+
+def test_counts_present_chunks_from_the_first(client):
+    keys = [key(uuid.uuid4()) for _ in range(4)]
+    client.put([keys[0], keys[1], keys[3]], [chunk(client.staging) for _ in range(3)])
+    assert client.connector.batched_contains(keys) == 2
+    assert client(client.connector.batched_async_contains("", keys)) == 2
+    assert client.connector.exists_sync(keys[3])
+    assert not client.connector.exists_sync(keys[2])
+    got = client.get(keys)
+    assert [o is not None for o in got] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("server", ["lm", "redis"], indirect=True)  # a stock LMCache has no client for shm but ours
+def test_stock_lmcache_reads_what_we_write_and_we_read_what_it_writes(client, server):
+    if server.kind == "lm":
+        stock = LMCServerConnector("127.0.0.1", server.port, client.loop, client.staging)
+    else:
+        stock = RedisConnector(server.url, client.loop, client.staging)
+    ours, theirs = chunk(client.staging), chunk(client.staging, tokens=7)
+    names = [key(uuid.uuid4()), key(uuid.uuid4())]
+    client.put([names[0]], [ours])
+    client(stock.put(names[1], theirs))
+    assert torch.equal(client(stock.get(names[0])).tensor, ours.tensor)
+    wait_until(lambda: client.connector.exists_sync(names[1]), "the stock client's put arrived")
+    assert torch.equal(client.get([names[1]])[0].tensor, theirs.tensor)
+
+
+def test_foreign_chunks_are_not_taken_and_the_connection_goes_on(client, server, loop):
+    foreign = Client(server, loop, kv_heads=HEADS + 1)
+    name, good = key(uuid.uuid4()), key(uuid.uuid4())
+    shape = torch.Size((2, LAYERS, 4, (HEADS + 1) * HEAD_SIZE))
+    obj = foreign.staging.allocate(shape, torch.float32, MemoryFormat.KV_2LTD)
+    foreign.put([name], [obj])
+    mine = chunk(client.staging)
+    client.put([good], [mine])
+    got = client.get([name, good])
+    assert got[0] is None
+    assert torch.equal(got[1].tensor, mine.tensor)
+    foreign(foreign.connector.close())
+
+
+def test_many_concurrent_readers_and_writers_do_not_mix(client):
+    async def one(i):
+        names = [key(uuid.uuid4()) for _ in range(3)]
+        objs = [chunk(client.staging, tokens=1 + (i + j) % CHUNK) for j in range(3)]
+        await client.connector.batched_put(names, objs)
+        assert await client.connector.batched_async_contains("", names) == 3
+        got = await client.connector.batched_get(names)
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(objs, got, strict=True))
+
+    async def all_of_them():
+        await asyncio.gather(*(one(i) for i in range(40)))
+
+    client(all_of_them())
+
+
+def test_dead_store_fails_fast_and_a_restarted_one_is_used(client, server):
+    name = key(uuid.uuid4())
+    client.put([name], [chunk(client.staging)])
+    server.stop()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(Exception, match=r"KV store|Error|connect"):
+            client.put([name], [chunk(client.staging)])
+        with pytest.raises(Exception, match=r"KV store|Error|connect"):
+            client.get([name])
+        with pytest.raises(Exception, match=r"KV store|Error|connect"):
+            client(client.connector.ping())
+        assert time.monotonic() - begin < kv_store.IO_TIMEOUT_S
+    finally:
+        server.start()
+
+    def back():
+        try:
+            return client(client.connector.ping()) == 0
+        except Exception:
+            return False
+
+    wait_until(back, "the restarted store answers", 10)
+    assert client.get([name]) == [None]
+    client.put([name], [chunk(client.staging)])
+    assert client.connector.exists_sync(name)
+
+
+def test_frozen_store_is_given_up(client, server, monkeypatch):
+    monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 0.3)
+    client(client.connector.close())
+    client.connector = kv_store.connect(server.url, client.loop, client.staging)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises((kv_store.StoreUnavailable, redis.TimeoutError), match=r"timed out|Timeout"):
+            client(client.connector.ping())
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+
+def test_unreachable_store_is_refused_at_once_without_its_password(loop):
+    port = free_ports(1)[0]
+    with pytest.raises(kv_store.StoreUnavailable, match=f"lm://127.0.0.1:{port}"):
+        kv_store.connect(f"lm://127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(kv_store.StoreUnavailable, match=f"shm://127.0.0.1:{port}"):
+        kv_store.connect(f"shm://127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(kv_store.StoreUnavailable) as error:
+        kv_store.connect(f"redis://:geheim@127.0.0.1:{port}", loop, Staging())
+    assert "geheim" not in str(error.value)
+
+
+def test_other_stores_are_left_to_lmcache(loop):
+    assert kv_store.connect("fs:///tmp/kv", loop, Staging()) is None

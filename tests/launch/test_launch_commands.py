@@ -1,0 +1,339 @@
+"""The commands that the scripts build: read from --dry-run, which starts nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, Launch, option, parse_dry_run
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    launch = Launch(tmp_path)
+    # No overrides: the profiles decide.
+    for name in ("VLLM_PROGRAM", "KV_SERVER_PROGRAM", "PROXY_PROGRAM", "LOAD_PROGRAM"):
+        del launch.environment[name]
+    return launch
+
+
+def dry_run(launch: Launch, *arguments: str, script: str = EXAMPLE, **environment: str):
+    done = launch.run(script, "--dry-run", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert not launch.run_dir.exists()
+    return parse_dry_run(done.stdout)
+
+
+def test_cpu_runs_the_built_model_through_the_module(launch: Launch) -> None:
+    commands = dry_run(launch, "--device", "cpu")
+    python = launch.environment["DISAGG_PYTHON"]
+    assert list(commands) == ["model", "kv-server", "prefiller", "decoder", "proxy", "load"]
+    model = str(REPOSITORY / ".models" / "tiny-llama")
+    assert commands["model"][1][-2:] == ["--output", model]
+    assert commands["kv-server"][1] == [python, "-m", "lmcache.v1.server", "127.0.0.1", "8300"]
+    environment, words = commands["prefiller"]
+    assert words[:5] == [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    assert option(words, "--served-model-name") == "tiny-llama"
+    assert option(words, "--dtype") == "float32"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["PYTHONHASHSEED"] == "0"
+    assert environment["LMCACHE_TRACK_USAGE"] == "false"
+    assert environment["DISAGG_DEVICE"] == "cpu"
+    assert environment["LMCACHE_CONFIG_FILE"] == str(PACKAGE / "configs" / "lmcache-config-lm.yaml")
+    assert environment["LMCACHE_REMOTE_URL"] == "lm://127.0.0.1:8300"
+    assert environment["PYTHONPATH"].split(":")[0] == str(REPOSITORY)
+    load = commands["load"][1]
+    assert option(load, "--model") == "tiny-llama"
+    assert option(load, "--prefiller-url") == "http://127.0.0.1:8100"
+
+
+def test_roles_differ_in_what_they_must(launch: Launch) -> None:
+    commands = dry_run(launch, "--device", "cpu")
+    differences = {}
+    for role, port, kv_role in (("prefiller", "8100", "kv_producer"), ("decoder", "8200", "kv_consumer")):
+        environment, words = commands[role]
+        assert option(words, "--port") == port
+        transfer = json.loads(option(words, "--kv-transfer-config"))
+        assert transfer == {
+            "kv_connector": "LMCacheDisaggConnectorV1",
+            "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.connector",
+            "kv_role": kv_role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": f"{role}-{port}"},
+        }
+        differences[role] = ({k for k in environment if k != "LMCACHE_REMOTE_URL"}, words)
+    assert differences["prefiller"][0] - differences["decoder"][0] == {"DISAGG_KV_VISIBILITY"}
+    assert "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible" in commands["prefiller"][1]
+    assert "--middleware" not in commands["decoder"][1]
+    assert commands["prefiller"][0]["DISAGG_KV_VISIBILITY"].startswith("@disagg-kv-8100-")
+
+
+def test_hpu_has_the_reference_defaults(launch: Launch) -> None:
+    commands = dry_run(launch, "--device", "hpu")
+    assert "model" not in commands
+    for role, cards in (("prefiller", "0"), ("decoder", "1")):
+        environment, words = commands[role]
+        assert words[:3] == ["vllm", "serve", "meta-llama/Llama-3.1-8B-Instruct"]
+        assert environment["HABANA_VISIBLE_MODULES"] == cards
+        expected = {
+            "PT_HPU_GPU_MIGRATION": "1",
+            "VLLM_SKIP_WARMUP": "true",
+            "PT_HPU_ENABLE_LAZY_COLLECTIVES": "true",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "PYTHONHASHSEED": "0",
+            "DISAGG_KV_WAIT_TIMEOUT": "60",
+        }
+        assert expected.items() <= environment.items()
+        assert "HF_HUB_OFFLINE" not in environment
+        assert option(words, "--max-num-batched-tokens") == "8192"
+        assert option(words, "--gpu-memory-utilization") == "0.8"
+        assert "--enforce-eager" in words
+        assert int(option(words, "--max-model-len")) >= 8200
+        # The plugin recognises LMCache by this text.
+        assert "LMCache" in json.loads(option(words, "--kv-transfer-config"))["kv_connector"]
+    load = commands["load"][1]
+    wanted = {"--num-prompts": "100", "--input-len": "8000", "--output-len": "200", "--request-rate": "3.6"}
+    assert {flag: option(load, flag) for flag in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("ranks", "prefiller", "decoder"), [(1, "0", "1"), (2, "0,1", "2,3"), (4, "0,1,2,3", "4,5,6,7")]
+)
+@pytest.mark.parametrize("device", ["hpu", "cuda"])
+def test_card_sets_follow_from_the_ranks(launch: Launch, device: str, ranks: int, prefiller: str, decoder: str) -> None:
+    variable = {"hpu": "HABANA_VISIBLE_MODULES", "cuda": "CUDA_VISIBLE_DEVICES"}[device]
+    commands = dry_run(launch, "--device", device, "--tensor-parallel-size", str(ranks))
+    assert commands["prefiller"][0][variable] == prefiller
+    assert commands["decoder"][0][variable] == decoder
+    assert option(commands["decoder"][1], "--tensor-parallel-size") == str(ranks)
+
+
+def test_cards_are_taken_from_the_visible_ones(launch: Launch) -> None:
+    commands = dry_run(launch, "--device", "hpu", "--tensor-parallel-size=2", HABANA_VISIBLE_MODULES="4,5,6,7")
+    assert commands["prefiller"][0]["HABANA_VISIBLE_MODULES"] == "4,5"
+    assert commands["decoder"][0]["HABANA_VISIBLE_MODULES"] == "6,7"
+
+
+@pytest.mark.parametrize(("cards", "decoder", "memory"), [("1", "0", "0.4"), ("2", "1", "0.8")])
+def test_one_cuda_card_is_shared(launch: Launch, cards: str, decoder: str, memory: str) -> None:
+    commands = dry_run(launch, "--device", "cuda", STANDIN_CUDA_CARDS=cards)
+    for role, expected in (("prefiller", "0"), ("decoder", decoder)):
+        assert commands[role][0]["CUDA_VISIBLE_DEVICES"] == expected
+        assert commands[role][0]["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+        assert option(commands[role][1], "--gpu-memory-utilization") == memory
+
+
+@pytest.mark.parametrize(
+    ("hpu", "cuda", "device"), [("2", "0", "hpu"), ("2", "2", "hpu"), ("0", "1", "cuda"), ("0", "0", "cpu")]
+)
+def test_device_is_found_by_its_cards(launch: Launch, hpu: str, cuda: str, device: str) -> None:
+    commands = dry_run(launch, STANDIN_HPU_CARDS=hpu, STANDIN_CUDA_CARDS=cuda)
+    assert commands["decoder"][0]["DISAGG_DEVICE"] == device
+    assert option(commands["load"][1], "--device") == device
+
+
+def test_no_unix_socket_for_a_redis_elsewhere_or_under_a_long_path(launch: Launch, tmp_path: Path) -> None:
+    elsewhere = dry_run(launch, "--device", "cpu", "--backend", "redis", "--redis-url", "redis://db:1")
+    assert "DISAGG_REDIS_SOCKET" not in elsewhere["decoder"][0]
+    deep = dry_run(launch, "--device", "cpu", "--backend", "redis", "--run-dir", str(tmp_path / ("x" * 100)))
+    assert "DISAGG_REDIS_SOCKET" not in deep["decoder"][0]
+    assert "--unixsocket" not in deep["kv-server"][1]
+
+
+def test_redis_is_started_without_persistence(launch: Launch) -> None:
+    commands = dry_run(launch, "--device", "cpu", "--backend", "redis")
+    words = commands["kv-server"][1]
+    assert words[:7] == ["redis-server", "--bind", "127.0.0.1", "--port", "8379", "--save", ""]
+    assert option(words, "--appendonly") == "no"
+    assert option(words, "--maxmemory") == "2gb"
+    assert option(words, "--maxmemory-policy") == "allkeys-lru"
+    environment = commands["prefiller"][0]
+    assert option(words, "--unixsocket") == environment["DISAGG_REDIS_SOCKET"]
+    assert environment["LMCACHE_REMOTE_URL"] == "redis://127.0.0.1:8379"
+    assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-redis.yaml")
+
+
+@pytest.mark.parametrize(("device", "size"), [("cpu", "2gb"), ("hpu", "16gb"), ("cuda", "16gb")])
+def test_shared_memory_is_sized_by_the_device(launch: Launch, device: str, size: str) -> None:
+    python = launch.environment["DISAGG_PYTHON"]
+    server = [python, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server", "127.0.0.1"]
+    commands = dry_run(launch, "--device", device, "--backend", "shm", LMCACHE_REMOTE_URL="lm://somewhere:1")
+    assert commands["kv-server"][1] == [*server, "8400", "--size", size]
+    for role in ("prefiller", "decoder"):
+        environment = commands[role][0]
+        assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:8400"
+        assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-shm.yaml")
+        assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
+    assert option(commands["load"][1], "--backend") == "shm"
+    commands = dry_run(launch, "--device", device, "--backend=shm", "--kv-port=77", KV_SHM_SIZE="512MB")
+    assert commands["kv-server"][1] == [*server, "77", "--size", "512MB"]
+    assert commands["decoder"][0]["DISAGG_SHM_URL"] == "shm://127.0.0.1:77"
+
+
+@pytest.mark.parametrize(("device", "size"), [("cpu", "1gb"), ("hpu", "16gb"), ("cuda", "16gb")])
+def test_nixl_has_two_sides_and_no_server(launch: Launch, device: str, size: str) -> None:
+    flags = ("--device", device, "--backend", "nixl", "--tensor-parallel-size", "2")
+    commands = dry_run(launch, *flags, LMCACHE_REMOTE_URL="lm://somewhere:1")
+    assert "kv-server" not in commands
+    for role in ("prefiller", "decoder"):
+        environment = commands[role][0]
+        assert environment["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:8500"
+        assert environment["LMCACHE_CONFIG_FILE"] == str(PACKAGE / "configs" / f"lmcache-{role}-config.yaml")
+        assert environment["UCX_NET_DEVICES"] == "lo"
+        assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
+    assert commands["decoder"][0]["KV_NIXL_SIZE"] == size
+    assert "KV_NIXL_SIZE" not in commands["prefiller"][0]
+    assert option(commands["load"][1], "--backend") == "nixl"
+    commands = dry_run(launch, *flags, "--kv-port=77", KV_NIXL_SIZE="512MB", UCX_NET_DEVICES="mlx5_0:1")
+    assert commands["decoder"][0]["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:77"
+    assert commands["decoder"][0]["KV_NIXL_SIZE"] == "512MB"
+    assert commands["prefiller"][0]["UCX_NET_DEVICES"] == "mlx5_0:1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv-port=8197"], "--decoder-port 8200 is one of the 4 ports from --kv-port 8197 on"),
+        (["--kv-port=65533"], "--kv-port 65533: 4 ports in a row are needed"),
+    ],
+)
+def test_every_rank_needs_a_port(launch: Launch, flags: list[str], said: str) -> None:
+    flags = ["--dry-run", "--device=cpu", "--backend=nixl", "--tensor-parallel-size=4", *flags]
+    done = launch.run(EXAMPLE, *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["shm", "nixl"])
+@pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
+def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str, backend: str) -> None:
+    name = f"KV_{backend.upper()}_SIZE"
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", f"--backend={backend}", **{name: size})
+    assert done.returncode == 2
+    assert f"{name} '{size}': allowed: a whole number and a unit, as in 512mb or 2gb" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret@db:1/0", "rediss://me:s3cret@db:1", "redis://db:1/0?password=s3cret"])
+def test_a_password_is_never_printed(launch: Launch, url: str) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=redis", f"--redis-url={url}")
+    assert done.returncode == 0
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "db:1" in done.stdout
+    assert "kv-server" not in parse_dry_run(done.stdout)
+
+
+def test_precedence_is_flag_environment_edited_profile(launch: Launch, tmp_path: Path) -> None:
+    assert option(dry_run(launch, "--device=cpu")["load"][1], "--num-prompts") == "24"
+    assert option(dry_run(launch, "--device=cpu", DISAGG_NUM_PROMPTS="5")["load"][1], "--num-prompts") == "5"
+    flags = ("--device=cpu", "--num-prompts", "6")
+    assert option(dry_run(launch, *flags, DISAGG_NUM_PROMPTS="5")["load"][1], "--num-prompts") == "6"
+    commands = dry_run(launch, "--device=cpu", OMP_NUM_THREADS="3", LMCACHE_CONFIG_FILE="/my.yaml")
+    assert commands["decoder"][0]["OMP_NUM_THREADS"] == "3"
+    assert commands["decoder"][0]["LMCACHE_CONFIG_FILE"] == "/my.yaml"
+
+    edited = tmp_path / "copy"
+    shutil.copytree(PACKAGE, edited, ignore=shutil.ignore_patterns("__pycache__", "*.log"))
+    script = edited / EXAMPLE
+    text = script.read_text()
+    assert '"${DISAGG_BACKEND:=}"' in text
+    script.write_text(text.replace('"${DISAGG_BACKEND:=}"', '"${DISAGG_BACKEND:=redis}"'))
+    for environment, backend in (({}, "redis"), ({"DISAGG_BACKEND": "lm"}, "lm")):
+        done = subprocess.run(
+            ["bash", str(script), "--dry-run", "--device=cpu"],
+            env={**launch.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert option(parse_dry_run(done.stdout)["load"][1], "--backend") == backend
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("module", ["-m", "vllm.entrypoints.openai.api_server", "--model", "org/name"]),
+        ("vllm", ["vllm", "serve", "org/name"]),
+        ("my-vllm run", ["my-vllm", "run", "org/name"]),
+    ],
+)
+def test_vllm_program_can_be_replaced(launch: Launch, value: str, words: list[str]) -> None:
+    command = dry_run(launch, "--device=cpu", "--model=org/name", VLLM_PROGRAM=value)["decoder"][1]
+    assert command[command.index("org/name") - len(words) + 1 :][: len(words)] == words
+
+
+def test_extra_arguments_reach_both_servers_last(launch: Launch) -> None:
+    commands = dry_run(launch, "--device=cpu", "--", "--seed", "1", "--override", '{"a": "b c"}')
+    for role in ("prefiller", "decoder"):
+        assert commands[role][1][-4:] == ["--seed", "1", "--override", '{"a": "b c"}']
+    assert "--seed" not in commands["proxy"][1]
+
+
+def test_connector_module_can_be_replaced(launch: Launch) -> None:
+    command = dry_run(launch, "--device=cpu", KV_CONNECTOR_MODULE="tests.faulty")["decoder"][1]
+    assert json.loads(option(command, "--kv-transfer-config"))["kv_connector_module_path"] == "tests.faulty"
+
+
+def test_serve_has_no_load(launch: Launch) -> None:
+    assert "load" not in dry_run(launch, "--device=cpu", "--serve")
+    assert "load" not in dry_run(launch, "--device=cpu", DISAGG_SERVE="1")
+
+
+@pytest.mark.parametrize("mode", ["auto", "always", "never"])
+def test_both_servers_and_the_load_know_whether_to_load_kv(launch: Launch, mode: str) -> None:
+    flags = [] if mode == "auto" else [f"--kv-load={mode}"]
+    commands = dry_run(launch, "--device=cpu", *flags, DISAGG_KV_LOAD="never" if mode == "always" else "")
+    assert [commands[role][0]["DISAGG_KV_LOAD"] for role in ("prefiller", "decoder")] == [mode, mode]
+    assert option(commands["load"][1], "--kv-load") == mode
+    assert "--calibrate" not in commands["load"][1]
+    served = dry_run(launch, "--device=cpu", "--serve", *flags)
+    assert ("calibration" in served) is (mode == "auto")
+    if mode == "auto":
+        assert option(served["calibration"][1], "--calibrate") == "only"
+        assert option(served["calibration"][1], "--decoder-url") == "http://127.0.0.1:8200"
+
+
+@pytest.mark.parametrize("script", [EXAMPLE, LAUNCHER])
+def test_tp2_scripts_only_set_the_size(launch: Launch, script: str) -> None:
+    roles = [] if script == EXAMPLE else ["decoder"]
+    twin = script.replace(".sh", "_tp2.sh")
+    for flags, size in (([], "2"), (["--tensor-parallel-size", "4"], "4")):
+        command = dry_run(launch, *roles, "--device=hpu", *flags, script=twin)["decoder"]
+        assert option(command[1], "--tensor-parallel-size") == size
+    assert len((PACKAGE / twin).read_text().splitlines()) < 12
+
+
+@pytest.mark.parametrize("role", ["prefiller", "decoder", "proxy", "kv-server"])
+def test_launcher_starts_what_the_example_starts(launch: Launch, role: str) -> None:
+    example = dry_run(launch, "--device=cpu", f"--model={launch.model}")[role]
+    model = [str(launch.model)] if role in ("prefiller", "decoder") else []
+    alone = dry_run(launch, role, *model, "--device=cpu", script=LAUNCHER)[role]
+    for environment, _ in (example, alone):
+        environment.pop("DISAGG_KV_VISIBILITY", None)  # names the process
+    assert alone == example
+
+
+def test_dry_run_needs_no_python(launch: Launch, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "sed", "sort", "grep", "timeout", "awk", "wc", "env"):
+        path = shutil.which(tool)
+        assert path
+        os.symlink(path, tools / tool)
+    del launch.environment["DISAGG_PYTHON"]
+    commands = dry_run(launch, "--device=cpu", PATH=str(tools))
+    assert commands["kv-server"][1][0] == str(REPOSITORY / ".venv" / "bin" / "python")
+
+
+def test_help_lists_every_setting(launch: Launch) -> None:
+    done = launch.run(EXAMPLE, "--help")
+    assert done.returncode == 0
+    names = launch.bash("""printf '%s\\n' "${SETTINGS_TABLE[@]%%|*}" "${SWITCHES_TABLE[@]%%|*}" """).stdout.split()
+    assert {"device", "redis-url", "serve", "min-reuse-ratio"} <= set(names)
+    assert all(f"--{name}" in done.stdout for name in names)

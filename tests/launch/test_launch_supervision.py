@@ -1,0 +1,373 @@
+"""Start, readiness, death and end of the stack, with stand-in servers (tests/helpers/standins)."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, STANDINS, TIMEOUT_S, Launch, option, wait_until
+
+from disagg_prefill_lmcache_v1.launch.profiles import load_profile
+
+GONE_WITHIN_S = 15.0
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    launch = Launch(tmp_path)
+    yield launch
+    launch.kill_leftovers()
+
+
+@pytest.fixture
+def fake_builds(tmp_path: Path) -> Path:
+    """A folder with what an accelerator's container has installed, as far as the preflight looks."""
+    folder = tmp_path / "site"
+    for name, version in (("vllm", "0.26.0"), ("vllm_gaudi", "0.26.0")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").touch()
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+    return folder
+
+
+def record_name(launch: Launch, role: str) -> str:
+    if role == "load":
+        return "load"
+    kind = "vllm" if role in ("prefiller", "decoder") else role
+    return f"{kind}-{launch.ports[role]}"
+
+
+def test_the_whole_example_ends_well_twice(launch: Launch) -> None:
+    for _ in range(2):
+        done = launch.run(EXAMPLE, *launch.arguments("--num-prompts", "3"), PROMETHEUS_MULTIPROC_DIR="/tmp")
+        assert done.returncode == 0, done.stderr
+        for log in ("kv_server", "prefiller", "decoder", "proxy"):
+            assert "stand-in" in (launch.run_dir / f"{log}.log").read_text()
+            assert f"{log.replace('_', '-')} is ready" in done.stderr
+        order = [done.stderr.index(f"{name} is ready") for name in ("kv-server", "proxy", "decoder")]
+        assert order == sorted(order)
+    words = launch.record("load")["argv"]
+    assert option(words, "--num-prompts") == "3"
+    assert option(words, "--proxy-url") == f"http://127.0.0.1:{launch.ports['proxy']}"
+    environment = launch.record(record_name(launch, "decoder"))["env"]
+    assert environment["SPT_NOENV"] == "1"
+    assert "PROMETHEUS_MULTIPROC_DIR" not in environment  # each server has metrics of its own
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "cards"),
+    [("hpu", "HABANA_VISIBLE_MODULES", ["0,1", "2,3"]), ("cuda", "CUDA_VISIBLE_DEVICES", ["0,1", "2,3"])],
+)
+def test_accelerator_servers_get_their_environment(
+    launch: Launch, fake_builds: Path, device: str, variable: str, cards: list[str]
+) -> None:
+    count = {"STANDIN_HPU_CARDS": "8"} if device == "hpu" else {"STANDIN_CUDA_CARDS": "8"}
+    done = launch.run(
+        EXAMPLE, *launch.arguments("--tensor-parallel-size=2", device="auto"), PYTHONPATH=str(fake_builds), **count
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"device {device} (a card was found)" in done.stderr
+    for role, visible in zip(("prefiller", "decoder"), cards, strict=True):
+        record = launch.record(record_name(launch, role))
+        assert record["env"][variable] == visible
+        assert record["env"]["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+        assert record["env"].get("PT_HPU_GPU_MIGRATION") == ("1" if device == "hpu" else None)
+        assert record["env"]["LMCACHE_REMOTE_URL"] == f"lm://127.0.0.1:{launch.ports['kv']}"
+        assert record["argv"][:2] == ["serve", str(launch.model)]
+        assert option(record["argv"], "--tensor-parallel-size") == "2"
+
+
+def test_servers_on_one_card_start_one_after_the_other(launch: Launch, fake_builds: Path) -> None:
+    done = launch.run(EXAMPLE, *launch.arguments(device="cuda"), PYTHONPATH=str(fake_builds), STANDIN_CUDA_CARDS="1")
+    assert done.returncode == 0, done.stderr
+    first, second = (launch.records / f"{record_name(launch, role)}.json" for role in ("prefiller", "decoder"))
+    assert first.stat().st_mtime < second.stat().st_mtime
+    assert done.stderr.index("prefiller is ready") < done.stderr.index("proxy is ready")
+    assert "one card for both servers: each takes 0.4" in done.stderr
+
+
+@pytest.mark.parametrize("role", ["kv", "prefiller", "decoder", "proxy"])
+@pytest.mark.parametrize("phase", ["start", "load"])
+def test_a_killed_child_ends_the_stack(launch: Launch, role: str, phase: str) -> None:
+    if phase == "start":
+        delays = {"STANDIN_DELAY_KV": "60"} if role == "kv" else {"STANDIN_DELAY_VLLM": "60"}
+    else:
+        delays = {"STANDIN_LOAD_SECONDS": "60"}
+    process = launch.start(EXAMPLE, *launch.arguments(), **delays)
+    target = record_name(launch, role)
+    needed = [target, "load"] if phase == "load" else [target]
+    wait_until(lambda: all(launch.has_record(name) for name in needed), f"{needed} running")
+    begin = time.monotonic()
+    os.kill(launch.record(target)["pid"], signal.SIGKILL)
+    done = launch.finish(process)
+    assert time.monotonic() - begin < GONE_WITHIN_S
+    assert done.returncode == 1
+    name = "kv-server" if role == "kv" else role
+    assert f"error: {name} was killed by signal KILL" in done.stderr
+    log = {"kv": "kv_server"}.get(role, role)
+    assert f"last lines of {launch.run_dir}/{log}.log" in done.stderr
+    assert f"stand-in {target} starts" in done.stderr
+
+
+def test_a_killed_load_ends_the_stack(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_LOAD_SECONDS="60")
+    wait_until(lambda: launch.has_record("load"), "load running")
+    os.kill(launch.record("load")["pid"], signal.SIGKILL)
+    done = launch.finish(process)
+    assert done.returncode == 1
+    assert "the load or the correctness probe failed" in done.stderr
+
+
+def test_a_server_that_exits_during_start_is_named(launch: Launch) -> None:
+    target = record_name(launch, "decoder")
+    done = launch.run(EXAMPLE, *launch.arguments(), STANDIN_DIE=f"{target}:7", STANDIN_DELAY_VLLM="0.5")
+    assert done.returncode == 1
+    assert "error: decoder ended with exit status 7" in done.stderr
+    assert f"stand-in {target} cannot go on" in done.stderr
+    assert not launch.has_record("load")
+
+
+def test_a_failed_load_fails_the_example(launch: Launch) -> None:
+    launch.run_dir.mkdir()
+    old_summary = launch.run_dir / "summary.json"
+    old_summary.touch()
+    done = launch.run(EXAMPLE, *launch.arguments(), STANDIN_LOAD_STATUS="1")
+    assert done.returncode == 1
+    assert "the load or the correctness probe failed" in done.stderr
+    assert not old_summary.exists()
+
+
+def test_a_server_that_is_never_ready_is_named(launch: Launch) -> None:
+    done = launch.run(EXAMPLE, *launch.arguments("--ready-timeout=1"), STANDIN_DELAY_VLLM="60")
+    assert done.returncode == 1
+    assert "error: prefiller was not ready after 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)], ids=["int", "term", "hup"]
+)
+@pytest.mark.parametrize("phase", ["start", "load"])
+def test_signals_end_everything(launch: Launch, name: str, status: int, phase: str) -> None:
+    slow = {"STANDIN_DELAY_VLLM": "60"} if phase == "start" else {"STANDIN_LOAD_SECONDS": "60"}
+    process = launch.start(EXAMPLE, *launch.arguments(), **slow)
+    wanted = record_name(launch, "decoder") if phase == "start" else "load"
+    wait_until(lambda: launch.has_record(wanted), f"{wanted} running")
+    assert len(launch.running()) >= 5
+    process.send_signal(getattr(signal, name))
+    assert launch.finish(process).returncode == status
+
+
+def test_an_interrupt_is_heard_even_when_started_in_the_background(launch: Launch) -> None:
+    # Programs that a shell script starts with & ignore the interrupt signal.
+    script = str(PACKAGE / EXAMPLE)
+    process = subprocess.Popen(
+        ["bash", "-c", 'bash "$@" & echo $!; wait $!', "-", script, *launch.arguments()],
+        env={**launch.environment, "STANDIN_DELAY_VLLM": "60"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    pid = int(process.stdout.readline())
+    wait_until(lambda: launch.has_record(record_name(launch, "decoder")), "decoder running")
+    os.kill(pid, signal.SIGINT)
+    assert launch.finish(process).returncode == 130
+
+
+def test_stubborn_processes_are_killed_and_their_shared_memory_is_freed(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_STUBBORN="1", STANDIN_LOAD_SECONDS="60")
+    wait_until(lambda: launch.has_record("load"), "load running")
+    shared = [Path("/dev/shm", launch.record(record_name(launch, role))["shared"]) for role in launch.ports]
+    assert all(path.is_file() for path in shared)
+    begin = time.monotonic()
+    os.kill(launch.record(record_name(launch, "prefiller"))["pid"], signal.SIGKILL)
+    assert launch.finish(process).returncode == 1
+    assert time.monotonic() - begin < GONE_WITHIN_S
+    assert not any(path.exists() for path in shared)
+
+
+def test_servers_end_with_a_script_that_is_killed(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_LOAD_SECONDS="60")
+    wait_until(lambda: launch.has_record("load"), "load running")
+    pids = [launch.record(record_name(launch, role))["pid"] for role in launch.ports]
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "servers gone", 10)
+
+
+def test_zombies_that_nobody_collects_are_not_waited_for(launch: Launch) -> None:
+    # The first process of a container often collects no orphans: here the script's parent adopts and forgets them.
+    become_subreaper = "ctypes.CDLL(None).prctl(36, 1)"
+    adopt = f"import ctypes, subprocess, sys; {become_subreaper}; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", adopt, "bash", str(PACKAGE / EXAMPLE), *launch.arguments()],
+        env={**launch.environment, "STANDIN_LOAD_SECONDS": "60"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: launch.has_record("load"), "load running")
+    begin = time.monotonic()
+    os.kill(launch.record(record_name(launch, "decoder"))["pid"], signal.SIGKILL)
+    assert launch.finish(process).returncode == 1
+    assert time.monotonic() - begin < float(load_profile("cpu").settings["STOP_GRACE"])
+
+
+def test_serve_prints_a_request_and_stays(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments("--serve"))
+    assert process.stdout
+    line = process.stdout.readline()
+    assert re.match(rf"curl http://127\.0\.0\.1:{launch.ports['proxy']}/v1/completions ", line)
+    assert process.poll() is None
+    assert option(launch.record("load")["argv"], "--calibrate") == "only"
+    assert "stand-in load runs" in (launch.run_dir / "calibration.log").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert launch.finish(process).returncode == 143
+
+
+def test_a_closed_output_ends_everything(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments("--serve"), STANDIN_DELAY_VLLM="1")
+    assert process.stderr
+    process.stderr.close()
+    assert process.wait(TIMEOUT_S) == 141
+    assert launch.running() == []
+
+
+def test_an_answer_from_another_program_is_not_readiness(launch: Launch) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_DELAY_KV="60")
+    wait_until(lambda: launch.has_record(record_name(launch, "kv")), "KV server running")
+    with socket.create_server(("127.0.0.1", launch.ports["kv"])):
+        done = launch.finish(process)
+    assert done.returncode == 1
+    assert f"port {launch.ports['kv']} is answered by another program" in done.stderr
+
+
+def test_lmcache_without_its_store_fails_the_example(launch: Launch) -> None:
+    program = f"{launch.environment['STANDIN_PYTHON']} {launch.folder}/degraded.py"
+    Path(launch.folder, "degraded.py").write_text(
+        "import os, sys\n"
+        "print('LMCache WARNING: System will operate in degraded mode (recompute).', flush=True)\n"
+        f"os.execv(sys.executable, [sys.executable, {str(STANDINS / 'standin_server.py')!r},"
+        " 'vllm', *sys.argv[1:]])\n"
+    )
+    done = launch.run(EXAMPLE, *launch.arguments(), VLLM_PROGRAM=program)
+    assert done.returncode == 1
+    assert "LMCache in the prefiller works without its KV store" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--redis-url",)])
+def test_redis_backend(launch: Launch, flags: tuple[str, ...]) -> None:
+    url = f"redis://:s3cret@127.0.0.1:{launch.ports['kv']}/0"
+    if flags:
+        server = subprocess.Popen(
+            [launch.environment["STANDIN_PYTHON"], str(STANDINS / "standin_server.py"),
+             "redis", str(launch.ports["kv"])],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", launch.ports["kv"])) == 0, "Redis up")
+            done = launch.run(EXAMPLE, *launch.arguments("--backend=redis"), DISAGG_REDIS_URL=url)
+        finally:
+            server.kill()
+            server.wait()
+    else:
+        url = f"redis://127.0.0.1:{launch.ports['kv']}"
+        done = launch.run(EXAMPLE, *launch.arguments("--backend=redis"))
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    record = launch.record(record_name(launch, "prefiller"))
+    assert record["env"]["LMCACHE_REMOTE_URL"] == url
+    assert launch.has_record(f"redis-{launch.ports['kv']}") == (not flags)
+
+
+@pytest.mark.parametrize(("size", "status"), [("8mb", 0), ("900000gb", 1)])
+def test_shm_backend(launch: Launch, size: str, status: int) -> None:
+    """With the real server: it ends with the stack, and its reason not to start is shown."""
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=shm"), KV_SHM_SIZE=size, LMCACHE_REMOTE_URL="lm://other:1")
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "kv_shm_server: --size 900000gb: " in done.stderr
+        assert "MiB of memory are available" in done.stderr
+        return
+    for role in ("prefiller", "decoder"):
+        environment = launch.record(record_name(launch, role))["env"]
+        assert environment["DISAGG_SHM_URL"] == f"shm://127.0.0.1:{launch.ports['kv']}"
+        assert "LMCACHE_REMOTE_URL" not in environment
+
+
+def test_nixl_backend(launch: Launch) -> None:
+    """No KV server, its port is the decoder's; a port of a rank that is in use is told before anything starts."""
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=nixl"), LMCACHE_REMOTE_URL="lm://other:1")
+    assert done.returncode == 0, done.stderr
+    assert "kv-server" not in done.stderr
+    for role in ("prefiller", "decoder"):
+        environment = launch.record(record_name(launch, role))["env"]
+        assert environment["DISAGG_NIXL_URL"] == f"nixl://127.0.0.1:{launch.ports['kv']}"
+        assert "LMCACHE_REMOTE_URL" not in environment
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ("--backend=nixl", "--tensor-parallel-size=2", f"--kv-port={port - 1}")
+        done = launch.run(EXAMPLE, *launch.arguments(*flags))
+    assert done.returncode == 1
+    assert f"port {port} is used by another program: stop it, or give another --kv-port" in done.stderr
+
+
+def test_the_receiver_starts_first_where_servers_start_one_after_the_other(launch: Launch, fake_builds: Path) -> None:
+    flags = launch.arguments("--backend=nixl", device="cuda")
+    done = launch.run(EXAMPLE, *flags, PYTHONPATH=str(fake_builds), STANDIN_CUDA_CARDS="1")
+    assert done.returncode == 0, done.stderr
+    first, second = (launch.records / f"{record_name(launch, role)}.json" for role in ("decoder", "prefiller"))
+    assert first.stat().st_mtime_ns < second.stat().st_mtime_ns
+    assert done.stderr.index("decoder is ready") < done.stderr.index("prefiller is ready")
+
+
+def test_there_is_no_kv_server_to_start_for_nixl(launch: Launch) -> None:
+    done = launch.run(LAUNCHER, "kv-server", *launch.arguments("--backend=nixl"))
+    assert done.returncode == 1
+    assert "with --backend nixl there is no KV server to start: the decoder receives" in done.stderr
+
+
+@pytest.mark.parametrize("role", ["prefiller", "decoder", "proxy", "kv-server"])
+def test_the_launcher_runs_one_server_in_the_foreground(launch: Launch, role: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        if role in ("prefiller", "decoder"):
+            launch.ports["kv"] = store.getsockname()[1]
+        process = launch.start(LAUNCHER, role, *launch.arguments())
+        name = record_name(launch, role.split("-")[0])
+        wait_until(lambda: launch.has_record(name) or process.poll() is not None, f"{role} running")
+        assert process.poll() is None, process.communicate()[1]
+        assert launch.record(name)["pid"] == process.pid
+        process.terminate()
+        process.wait(TIMEOUT_S)
+        launch.kill_leftovers()
+        process.communicate(timeout=TIMEOUT_S)
+
+
+def test_a_password_does_not_reach_the_log(launch: Launch) -> None:
+    Path(launch.folder, "shout.py").write_text("import os\nprint(os.environ['LMCACHE_REMOTE_URL'])\n")
+    program = f"{launch.environment['STANDIN_PYTHON']} {launch.folder}/shout.py"
+    done = launch.run(
+        LAUNCHER, "decoder", *launch.arguments("--backend=redis"),
+        VLLM_PROGRAM=program, DISAGG_REDIS_URL="redis://me:s3cret@127.0.0.1:1/0", DISAGG_PREPARED="1",
+    )  # fmt: skip
+    assert done.stdout == "redis://me:***@127.0.0.1:1/0\n"
+
+
+def test_progress_is_shown_while_waiting(launch: Launch) -> None:
+    done = launch.bash(
+        """
+        stub() { SECONDS=$1; progress 0 "waiting for decoder"; }
+        for second in 1 4 5 6 12 15 16; do stub $second; done
+        """
+    )
+    assert done.stderr.splitlines() == [f"[disagg] waiting for decoder: {second} s" for second in (5, 15)]

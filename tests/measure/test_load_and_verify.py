@@ -1,0 +1,568 @@
+"""The load generator and the correctness probe, against mock servers: what is counted, and what makes a run fail."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from disagg_prefill_lmcache_v1.measure import load_and_verify
+from disagg_prefill_lmcache_v1.measure.completion_client import Answer
+from disagg_prefill_lmcache_v1.measure.load_and_verify import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_MODEL_LEN = 700
+
+
+class MockVllm:
+    """A mock of vLLM (or of the proxy before it): its answers depend on the prompt alone, its faults are settings."""
+
+    def __init__(self) -> None:
+        self.cached: Callable[[int], int | None] = lambda prompt_tokens: None
+        self.status = 200
+        self.cut = False  # close the connection in the middle of a stream
+        self.hang = False
+        self.no_usage = False
+        self.not_json = False
+        self.no_done = False
+        self.error_event = False
+        self.answer_tokens: int | None = None
+        self.wrong_for: Callable[[int], bool] = lambda prompt_tokens: (
+            False
+        )  # another second token; chats have minus their size
+        self.wrong_logprob = 0.0
+        self.runner_up = -0.3  # log-probability of the token that `wrong_for` gives; the right one has -0.2
+        self.computes: Callable[[int], bool] = lambda prompt_tokens: False  # what the store has, by choice
+        self.kv_headers: dict[str, str] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.url = ""
+
+    def _events(self, body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """One choice per token, and the usage."""
+        chat = "messages" in body
+        prompt = json.dumps(body["messages"]) if chat else body["prompt"]
+        seed = zlib.crc32(json.dumps(prompt).encode())
+        choices = []
+        for index in range(body["max_tokens"] if self.answer_tokens is None else self.answer_tokens):
+            right, other = (f"token_id:{(seed + index + extra) % 1000}" for extra in (0, 500))
+            token = other if index == 1 and self.wrong_for(-len(prompt) if chat else len(prompt)) else right
+            logprob = -0.2 + self.wrong_logprob
+            tops = {right: logprob, other: self.runner_up}
+            text, choice = f" t{token.removeprefix('token_id:')}", {"index": 0, "finish_reason": None}
+            if chat:
+                choice[("delta" if body.get("stream") else "message")] = {"content": text}
+            else:
+                choice["text"] = text
+            if body.get("logprobs") and chat:
+                listed = [{"token": name, "logprob": value} for name, value in tops.items()]
+                choice["logprobs"] = {"content": [{"token": token, "logprob": tops[token], "top_logprobs": listed}]}
+            elif body.get("logprobs"):
+                choice["logprobs"] = {"tokens": [token], "token_logprobs": [tops[token]], "top_logprobs": [tops]}
+            choices.append(choice)
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": len(choices)}
+        if self.cached(len(prompt)) is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached(len(prompt))}
+        return choices, usage
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.hang:
+            await asyncio.sleep(60)
+        if self.status != 200:
+            error = {"error": {"message": f"mock says\n{self.status}", "type": "mock"}}
+            return web.json_response(error, status=self.status)
+        if self.not_json:
+            return web.Response(text="<html>")
+        choices, usage = self._events(body)
+        if not body.get("stream"):
+            merged = choices[0]
+            for choice in choices[1:]:
+                if "text" in choice:
+                    merged["text"] += choice["text"]
+                else:
+                    merged["message"]["content"] += choice["message"]["content"]
+                for key, entries in choice.get("logprobs", {}).items():
+                    merged["logprobs"][key] += entries
+            return web.json_response({"choices": [merged], "usage": usage}, headers=self.kv_headers)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", **self.kv_headers})
+        await response.prepare(request)
+        events = [{"choices": [choice]} for choice in choices]
+        if self.error_event:
+            events[1:] = [{"error": {"message": "mock failure"}}]
+        elif not self.no_usage:
+            events.append({"choices": [], "usage": usage})
+        for index, event in enumerate(events):
+            if self.cut and index == 1:
+                request.transport.abort()
+                return response
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        if not self.no_done:
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "mock-model", "max_model_len": MAX_MODEL_LEN}]})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        assert (await request.json())["prompt"]
+        return web.json_response({"tokens": list(range(10, 500)) * 2})
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.0.mock"})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        hits = 1000 + 49 * sum("logprobs" not in body for body in self.bodies)
+        lines = ["# TYPE x", f'{load_and_verify.EXTERNAL_HITS_METRIC}{{engine="0"}} {hits}.0', "other 5"]
+        counts = dict.fromkeys(load_and_verify.DECODER_COUNTERS, 0.0)
+        for body in self.bodies:
+            tokens = len(body["prompt"]) if "prompt" in body else len(json.dumps(body["messages"]))
+            new = "cache_salt" in body  # the store does not have it
+            if new or self.computes(tokens):
+                counts["compute_tokens"] += tokens
+                counts["compute_s"] += tokens / 1000
+                counts["recompute_requests"] += not new
+                counts["recomputed_tokens"] += 0 if new else tokens - 1
+            else:
+                counts["load_requests"] += 1
+                counts["loaded_tokens"] += tokens
+                counts["load_s"] += tokens / 20000
+        for name, (metric, label) in load_and_verify.DECODER_COUNTERS.items():
+            if name != "external_hits":
+                labels = 'engine="0",' + (label or 'x="y z"')
+                lines += [f"# HELP {metric} text", f"{metric}{{{labels}}} {counts[name]}"]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def serve(self) -> None:
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/version", self._version)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self.runner = runner
+
+
+@pytest.fixture
+def mocks() -> Iterator[tuple[MockVllm, MockVllm]]:
+    """A mock proxy, which reuses all but one token, and a mock prefiller, which reuses none."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    proxy, prefiller = MockVllm(), MockVllm()
+    proxy.cached = lambda prompt_tokens: prompt_tokens - 1
+    for mock in (proxy, prefiller):
+        asyncio.run_coroutine_threadsafe(mock.serve(), loop).result(10)
+    yield proxy, prefiller
+
+    async def end() -> None:
+        for mock in (proxy, prefiller):
+            await mock.runner.cleanup()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(end(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def run(mocks: tuple[MockVllm, MockVllm], **changes: Any) -> dict[str, Any]:
+    base = {
+        "decoder_url": "http://127.0.0.1:9",
+        "warm_up": 0,
+        "num_prompts": 5,
+        "input_len": 50,
+        "output_len": 4,
+        "request_rate": 0,
+        "request_timeout": 10,
+    }
+    urls = {"proxy_url": mocks[0].url, "prefiller_url": mocks[1].url}
+    return load_and_verify.run(Settings(**{**base, **urls, **changes}))
+
+
+def test_a_good_run_counts_everything(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].kv_headers = {"x-kv-state": "stored", "x-kv-wait-ms": "3.5"}
+    summary = run(mocks, decoder_url=mocks[0].url)
+    assert summary["failures"] == []
+    assert (summary["requests"], summary["errors"]) == (5, 0)
+    assert summary["external_reused_tokens"] == 5 * 49
+    assert (summary["prompt_tokens"], summary["reused_tokens"], summary["reuse_ratio"]) == (250, 245, 1.0)
+    assert (summary["full_reuse_requests"], summary["output_tokens"]) == (5, 20)
+    assert summary["outputs_match"] is True
+    assert summary["probe_prompts"] == summary["probe_compared"] > 20
+    assert summary["probe_reuse_ratio"] == 1.0
+    assert summary["kv_wait_ms_p50"] == summary["kv_wait_ms_p99"] == 3.5
+    assert (summary["kv_wait_timeouts"], summary["kv_states"].keys()) == (0, {"stored"})
+    assert 0 < summary["ttft_ms_p50"] <= summary["ttft_ms_p99"]
+    assert summary["itl_ms_p50"] is not None
+    assert summary["model"] == "mock-model"
+    assert summary["versions"]["vllm"] == "0.0.mock"
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_what_the_two_servers_are_asked(mocks: tuple[MockVllm, MockVllm]) -> None:
+    run(mocks, num_prompts=2)
+    load = [body for body in mocks[0].bodies if "logprobs" not in body]
+    assert len(load) == 2
+    for body in load:
+        assert body["stream_options"] == {"include_usage": True}
+        assert len(body["prompt"]) == 50
+        assert set(body["prompt"]) <= set(range(10, 500))
+    disaggregated = [body for body in mocks[0].bodies if "logprobs" in body]
+    references = mocks[1].bodies
+    salts = [body.pop("cache_salt") for body in references]
+    assert len(set(salts)) == len(salts), "a shared salt would share cached blocks"
+    transfers = [body.pop("kv_transfer_params") for body in references]
+    assert all(transfer["lmcache.skip_save"] is True for transfer in transfers)
+    assert len({transfer["lmcache.tag.r"] for transfer in transfers}) == len(transfers)
+    key = lambda body: json.dumps(body, sort_keys=True)  # noqa: E731
+    assert sorted(map(key, disaggregated)) == sorted(map(key, references))
+    sizes = {len(body["prompt"]) for body in references if "prompt" in body}
+    assert {2, 15, 16, 17, 255, 256, 257, 512} <= sizes
+    assert max(sizes) <= MAX_MODEL_LEN - 16
+    assert any("messages" in body for body in references)
+    assert {bool(body.get("stream")) for body in references} == {True, False}
+    prompts = [key(body.get("prompt")) for body in references if "prompt" in body]
+    assert len(set(prompts)) < len(prompts), "no repeated prompt"
+
+
+def test_prompts_are_new_in_every_run_unless_seeded(mocks: tuple[MockVllm, MockVllm]) -> None:
+    def prompts(**changes: Any) -> list[str]:
+        mocks[0].bodies.clear()
+        run(mocks, num_prompts=1, **changes)
+        return sorted(json.dumps(body.get("prompt", body.get("messages"))) for body in mocks[0].bodies)
+
+    assert not set(prompts()) & set(prompts())
+    assert prompts(seed=5) == prompts(seed=5)
+
+
+@pytest.mark.parametrize(
+    ("cached", "ratio", "full", "passes"),
+    [
+        (lambda n: n - 1, 1.0, 5, True),
+        (lambda n: n, 1.0, 5, True),  # never counted as more than all
+        (lambda n: n - 1 if n != 50 else 48, 0.9795, 0, False),
+        (lambda n: n - 1 if n != 50 else 0, 0.0, 0, False),
+    ],
+)
+def test_reuse_below_the_threshold_fails(mocks, cached, ratio, full, passes) -> None:
+    mocks[0].cached = cached
+    summary = run(mocks)
+    assert (summary["reuse_ratio"], summary["full_reuse_requests"]) == (ratio, full)
+    assert bool(summary["failures"]) is not passes
+    if not passes:
+        assert summary["failures"] == [f"load: reuse ratio {ratio:g} is below --min-reuse-ratio 0.99"]
+        assert summary["outputs_match"] is True
+    assert run(mocks, min_reuse_ratio=0)["failures"] == []
+
+
+def mock_choices(mocks: tuple[MockVllm, MockVllm], computes: Callable[[int], bool]) -> dict[str, Any]:
+    """The proxy's mock plays the decoder too; what it computes, it does not reuse."""
+    mocks[0].computes = computes
+    mocks[0].cached = lambda tokens: 0 if computes(tokens) else tokens - 1
+    return {"decoder_url": mocks[0].url}
+
+
+def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="always", **mock_choices(mocks, lambda tokens: False))
+    assert summary["failures"] == []
+    told = {name: summary[name] for name in summary if name.startswith(("kv_lo", "kv_re", "kv_co", "kv_ca"))}
+    assert told == {
+        "kv_load": "always",
+        "kv_load_requests": 5,
+        "kv_recompute_requests": 0,
+        "kv_loaded_tokens": 250,
+        "kv_recomputed_tokens": 0,
+        "kv_load_s": 0.0125,
+        "kv_load_tokens_per_s": 20000,
+        "kv_compute_tokens": 0,
+        "kv_compute_s": 0,
+        "kv_compute_tokens_per_s": None,
+        "kv_calibration_tokens_per_s": None,
+    }
+    assert summary["probe_kv_load_requests"] == summary["probe_prompts"]
+    table = load_and_verify.format_table(summary)
+    assert re.search(r"KV load always +5 requests loaded, 0 recomputed by choice", table)
+    assert re.search(r"loaded +250 tokens in 0.0125 s, 20,000.0 tokens/s", table)
+
+
+def test_never_to_load_is_no_missing_reuse(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="never", **mock_choices(mocks, lambda tokens: True))
+    assert summary["failures"] == []
+    assert (summary["reused_tokens"], summary["reuse_ratio"], summary["full_reuse_requests"]) == (0, None, 0)
+    assert (summary["kv_load_requests"], summary["kv_recompute_requests"]) == (0, 5)
+    assert (summary["kv_recomputed_tokens"], summary["kv_compute_tokens_per_s"]) == (245, 1000)
+    assert "5 recomputed by choice" in load_and_verify.format_table(summary)
+    # without its counters the mode alone excuses it
+    assert run(mocks, kv_load="never")["failures"] == []
+    assert len(run(mocks, kv_load="always")["failures"]) == 2
+
+
+def test_auto_is_held_to_what_it_chose_to_load(mocks: tuple[MockVllm, MockVllm]) -> None:
+    changes = mock_choices(mocks, lambda tokens: tokens < 200)  # all of the load, a part of the probe
+    summary = run(mocks, kv_load="auto", calibrate="off", **changes)
+    assert summary["failures"] == []
+    assert (summary["reuse_ratio"], summary["probe_reuse_ratio"]) == (None, 1.0)
+    assert 0 < summary["probe_kv_recompute_requests"] < summary["probe_prompts"]
+    assert 0 < summary["probe_kv_load_requests"] < summary["probe_prompts"]
+    mocks[0].cached = lambda tokens: 0 if tokens < 200 or tokens == 300 else tokens - 1  # 300: wanted, and not there
+    summary = run(mocks, kv_load="auto", calibrate="off", **changes)
+    assert len(summary["failures"]) == 1
+    assert summary["failures"][0].startswith("probe: reuse ratio 0.")
+
+
+def test_auto_is_calibrated_and_that_does_not_count(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, kv_load="auto", input_len=400, probe="off", **mock_choices(mocks, lambda tokens: False))
+    first = mocks[0].bodies[:3]
+    assert [len(body["prompt"]) for body in first] == [256, 256, 400]
+    assert all(body["max_tokens"] == 1 and body["kv_transfer_params"]["lmcache.skip_save"] for body in first)
+    assert len({body["cache_salt"] for body in first}) == 3
+    assert len(mocks[0].bodies) == 3 + 5
+    assert (summary["requests"], summary["prompt_tokens"], summary["kv_compute_tokens"]) == (5, 2000, 0)
+    assert summary["kv_calibration_tokens_per_s"] == 1000
+    assert "1,000.0 tokens/s in the calibration" in load_and_verify.format_table(summary)
+    for changes in ({"kv_load": "always"}, {"kv_load": "auto", "calibrate": "off"}):
+        mocks[0].bodies.clear()
+        run(mocks, probe="off", decoder_url=mocks[0].url, **changes)
+        assert len(mocks[0].bodies) == 5
+
+
+def test_a_decoder_that_cannot_be_calibrated_is_an_error(mocks: tuple[MockVllm, MockVllm]) -> None:
+    with pytest.raises(load_and_verify.LoadError, match=r"calibration: cannot connect to http://127\.0\.0\.1:9"):
+        run(mocks, kv_load="auto")
+
+
+def test_a_decoder_that_does_not_tell_reuse_is_named(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].cached = lambda prompt_tokens: None
+    failures = run(mocks)["failures"]
+    assert any("--enable-prompt-tokens-details" in line for line in failures)
+
+
+def test_a_wrong_token_makes_outputs_differ(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].wrong_for = lambda prompt_tokens: prompt_tokens == 257
+    summary = run(mocks)
+    assert summary["outputs_match"] is False
+    assert summary["errors"] == 0
+    assert len(summary["failures"]) == 1
+    assert summary["failures"][0].startswith("outputs differ: 257 tokens: token 2 is token_id:")
+
+
+def test_a_chat_that_differs_is_found(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].wrong_for = lambda size: size < -200
+    failures = run(mocks, num_prompts=1, seed=1)["failures"]
+    assert any(line.startswith("outputs differ: chat of 40 words") for line in failures), failures
+
+
+def test_equal_tokens_with_other_logprobs_fail_where_exactness_is_due(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].wrong_logprob = 0.01
+    summary = run(mocks, num_prompts=0)
+    assert summary["outputs_match"] is False
+    assert summary["max_logprob_diff"] == pytest.approx(0.01)
+    assert "log-probability differs by 0.0100" in summary["failures"][0]
+    assert run(mocks, num_prompts=0, device="cuda")["failures"] == []
+    assert run(mocks, num_prompts=0, logprob_tolerance=0.02)["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("device", "runner_up", "ties", "passes"),
+    [("cuda", -0.3, 1, True), ("cuda", -0.9, 0, False), ("cpu", -0.3, 0, False)],
+)
+def test_a_near_tie_is_accepted_for_lower_precision_only(mocks, device, runner_up, ties, passes) -> None:
+    mocks[0].wrong_for = lambda prompt_tokens: prompt_tokens == 64
+    for mock in mocks:
+        mock.runner_up = runner_up
+    summary = run(mocks, num_prompts=0, device=device)
+    assert (summary["near_ties"], summary["outputs_match"]) == (ties, passes)
+    assert f"{-0.2 - runner_up:.4f}" in "".join(summary["failures"]) or passes
+
+
+def test_a_reference_that_reused_is_no_reference(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[1].cached = lambda prompt_tokens: 16 if prompt_tokens == 17 else 0
+    summary = run(mocks)
+    assert summary["outputs_match"] is False
+    assert "the prefiller reused 16 tokens" in summary["failures"][0]
+
+
+def test_the_probe_alone(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, num_prompts=0)
+    assert (summary["requests"], summary["reuse_ratio"], summary["ttft_ms_p50"]) == (0, None, None)
+    assert summary["external_reused_tokens"] is None  # no decoder is there to ask
+    assert summary["outputs_match"] is True
+    assert summary["failures"] == []
+    assert "\n" in load_and_verify.format_table(summary)
+    mocks[0].cached = lambda prompt_tokens: 0
+    assert run(mocks, num_prompts=0)["failures"] == ["probe: reuse ratio 0 is below --min-reuse-ratio 0.99"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "value", "cause"),
+    [
+        ("status", 503, "HTTP 503: mock says 503"),
+        ("cut", True, "closed the connection before the answer was complete"),
+        ("no_done", True, "the stream ended without [DONE]"),
+        ("no_usage", True, "the answer carries no usage"),
+        ("error_event", True, "error in the stream: mock failure"),
+        ("hang", True, "within 0.3 s"),
+        ("answer_tokens", 3, "3 tokens answered instead of 4"),
+    ],
+)
+def test_a_failed_request_is_an_error_with_one_line(mocks, fault, value, cause) -> None:
+    setattr(mocks[0], fault, value)
+    summary = run(mocks, num_prompts=3, request_timeout=0.3 if fault == "hang" else 10)
+    assert (summary["requests"], summary["errors"], summary["outputs_match"]) == (3, 3, False)
+    load = [line for line in summary["failures"] if line.startswith("load: ")]
+    assert len(load) == 1
+    assert load[0].startswith("load: 3 requests failed: ")
+    assert cause in load[0]
+    assert all("\n" not in line for line in summary["failures"])
+
+
+def test_refused_connections_are_errors_and_the_probe_is_left_out(mocks: tuple[MockVllm, MockVllm]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        summary = run(mocks, proxy_url=url)
+    assert (summary["errors"], summary["probe_compared"]) == (5, 0)
+    refused, uncompared = summary["failures"]
+    assert refused.startswith(f"load: 5 requests failed: cannot connect to {url}: ")
+    assert uncompared == "outputs were not compared"
+    assert mocks[1].bodies == []
+
+
+def test_a_probe_that_fails_stops_after_a_few_errors(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[1].not_json = True
+    summary = run(mocks, num_prompts=1, probe_concurrency=1)
+    assert summary["errors"] == load_and_verify.PROBE_MAX_ERRORS
+    assert summary["outputs_match"] is False
+    assert len(mocks[1].bodies) == load_and_verify.PROBE_MAX_ERRORS
+    assert all(line.startswith("probe: ") for line in summary["failures"])
+    assert any("reference: " in line and "is not JSON" in line for line in summary["failures"])
+
+
+def test_the_warm_up_is_not_measured(mocks: tuple[MockVllm, MockVllm]) -> None:
+    summary = run(mocks, num_prompts=2, warm_up=3, probe="off")
+    assert (summary["requests"], summary["prompt_tokens"]) == (2, 100)
+    prompts = [body["prompt"] for body in mocks[0].bodies]
+    assert len(prompts) == len({tuple(prompt) for prompt in prompts}) == 5
+
+
+def test_kv_wait_timeouts_are_counted(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].kv_headers = {"x-kv-state": "timeout", "x-kv-wait-ms": "10000"}
+    summary = run(mocks, num_prompts=2)
+    assert summary["kv_wait_timeouts"] == 2 + summary["probe_prompts"]
+
+
+def test_the_rate_is_kept() -> None:
+    rng = random.Random(1)
+    fixed = load_and_verify.arrival_times(5, 2.0, "fixed", rng)
+    assert fixed == pytest.approx([0, 0.5, 1, 1.5, 2])
+    poisson = load_and_verify.arrival_times(2001, 4.0, "poisson", rng)
+    assert poisson[-1] == pytest.approx(500, rel=0.1)
+    gaps = [b - a for a, b in itertools.pairwise(poisson)]
+    assert sum(gap < 0.125 for gap in gaps) / len(gaps) == pytest.approx(0.39, abs=0.05), "not exponential"
+    assert load_and_verify.arrival_times(3, 0, "poisson", rng) == [0, 0, 0]
+
+
+def test_percentiles() -> None:
+    assert load_and_verify.percentile([], 50) is None
+    assert load_and_verify.percentile([7], 99) == 7
+    assert load_and_verify.percentile([4, 1, 3, 2], 50) == 2.5
+    assert load_and_verify.percentile(list(range(101)), 99) == 99
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"), [("a", "a", "equal"), ("a", "b", "different"), ("", "", "different")]
+)
+def test_without_token_ids_texts_are_compared(ours: str, theirs: str, verdict: str) -> None:
+    comparison = load_and_verify.compare_answers(Answer(text=ours), Answer(text=theirs), Settings())
+    assert comparison.verdict == verdict
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "disagg_prefill_lmcache_v1.measure.load_and_verify", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_command(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
+    arguments = ["--proxy-url", mocks[0].url, "--prefiller-url", mocks[1].url + "/", "--model", "mock-model"]
+    arguments += ["--num-prompts", "3", "--request-rate", "50", "--input-len", "20", "--output-len", "2"]
+    arguments += ["--run-dir", str(tmp_path / "run"), "--device", "cpu", "--backend", "redis", "--seed", "1"]
+    arguments += ["--tensor-parallel-size", "2", "--ready-file", str(tmp_path / "ready")]
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ready").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["backend"], summary["tensor_parallel_size"], summary["seed"]) == ("redis", 2, 1)
+    assert "outputs match" in done.stdout
+    assert "\033" not in done.stdout
+    assert "seed 1" in done.stderr
+    done = command(*arguments, "--decoder-url", mocks[0].url, "--calibrate", "only", "--run-dir", "/dev/null/unused")
+    assert (done.returncode, done.stdout) == (0, "calibration: 1,000.0 tokens/s\n"), done.stderr
+    mocks[0].wrong_for = lambda prompt_tokens: prompt_tokens == 33
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["outputs_match"] is False
+    assert [line for line in done.stderr.splitlines() if "outputs differ" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--num-prompts", "many"], 2, "--num-prompts"),
+        (["--min-reuse-ratio", "1.5"], 2, "--min-reuse-ratio"),
+        (["--request-rate", "-1"], 2, "--request-rate"),
+        (["--proxy-url", "localhost:1"], 2, "--proxy-url"),
+        (["--arrival", "never"], 2, "--arrival"),
+        (["--kv-load", "sometimes"], 2, "--kv-load"),
+        (["--num-prompts", "0", "--probe", "off"], 2, "--num-prompts"),
+        (["--unknown"], 2, "--unknown"),
+        (["--prefiller-url", "http://127.0.0.1:9"], 1, "the prefiller does not answer"),
+        (["--run-dir", "/dev/null/x"], 1, "--run-dir"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], status: int, text: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == status
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("load: 24 requests of")]
+    assert len(lines) == 1, done.stderr
+    assert text in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"input_len": 690, "output_len": 20}, "--input-len 690"),
+        ({"max_model_len": 800}, "--max-model-len 800"),
+        ({"model": "other"}, "--model 'other'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(mocks, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(load_and_verify.UsageError, match=text):
+        run(mocks, **changes)

@@ -1,0 +1,98 @@
+"""Which server a request goes to: load, health, back-off and prompts with a common beginning. No network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import proxy_harness  # noqa: F401 (makes the package importable)
+import pytest
+
+from disagg_prefill_lmcache_v1.proxy import pool as proxy_pool
+from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
+from disagg_prefill_lmcache_v1.proxy.pool import PREFILL, Pool, Upstream
+from disagg_prefill_lmcache_v1.proxy.settings import Settings
+
+URLS = [f"http://127.0.0.1:{port}" for port in (1001, 1002, 1003)]
+
+
+def with_pool(use: Callable[[Pool], Any]) -> None:
+    async def run() -> None:
+        pool = Pool(PREFILL, URLS, Settings(), Metrics())
+        use(pool)
+        pool.close()
+
+    asyncio.run(run())
+
+
+def loaded(pool: Pool, *in_flight: int) -> list[Upstream]:
+    for upstream, count in zip(pool.upstreams, in_flight, strict=True):
+        upstream.in_flight = count
+    return pool.upstreams
+
+
+def test_the_least_loaded_server_is_chosen_and_equals_take_turns() -> None:
+    def use(pool: Pool) -> None:
+        servers = loaded(pool, 3, 1, 2)
+        assert {pool.choose() for _ in range(5)} == {servers[1]}
+        assert pool.choose(excluded=[servers[1]]) is servers[2]
+        loaded(pool, 1, 1, 1)
+        assert len({pool.choose() for _ in range(3)}) == 3
+        assert pool.choose(excluded=servers) is None
+
+    with_pool(use)
+
+
+def test_prompts_with_a_common_beginning_share_a_server_until_it_is_much_busier() -> None:
+    def use(pool: Pool) -> None:
+        prompt = b"system prompt " * 100
+        home = pool.choose(prompt)
+        for server in pool.upstreams:
+            server.in_flight = proxy_pool._STICKY_SLACK if server is home else 0
+        assert pool.choose(prompt + b"and a question") is home
+        home.in_flight += 1
+        assert pool.choose(prompt + b"and a question") is not home
+        loaded(pool, 0, 0, 0)
+        assert len({pool.choose(b"%d" % number + prompt) for number in range(50)}) == 3
+
+    with_pool(use)
+
+
+def test_a_failing_server_is_left_alone_for_longer_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(pool: Pool) -> None:
+        now = 1000.0
+        monkeypatch.setattr(pool, "_loop", type("Clock", (), {"time": lambda self: now})())
+        bad, *others = loaded(pool, 0, 5, 5)
+        for _ in range(proxy_pool._CIRCUIT_FAILURES - 1):
+            pool.failed(bad, "it answers 500")
+            assert pool.choose() is bad
+        waits = []
+        for _ in range(len(proxy_pool._BACK_OFF_S)):
+            pool.failed(bad, "it answers 500")
+            assert not bad.up
+            assert pool.choose() in others
+            waits.append(bad.open_until - now)
+        assert waits == sorted(waits)
+        assert waits[-1] == proxy_pool._BACK_OFF_S[-1]
+        pool.succeeded(bad)
+        assert pool.choose() is bad
+        pool.failed(bad, "connection refused")  # no doubt here: once is enough
+        assert pool.choose() in others
+        for server in others:
+            pool.failed(server, "connection refused")
+        assert pool.choose() is not None  # rather a server that may be down than none
+
+    with_pool(use)
+
+
+def test_new_members_keep_what_is_known_of_the_old_ones() -> None:
+    def use(pool: Pool) -> None:
+        first, second, _ = loaded(pool, 2, 0, 0)
+        pool.set_members([URLS[0], URLS[0] + "/", "http://127.0.0.1:1004"])
+        assert [upstream.name for upstream in pool.upstreams] == [URLS[0], "http://127.0.0.1:1004"]
+        assert pool.upstreams[0] is first
+        assert second.client.closed
+        assert not first.client.closed
+
+    with_pool(use)
