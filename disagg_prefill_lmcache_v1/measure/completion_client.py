@@ -6,41 +6,11 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
-TOKEN_ID_PREFIX = "token_id:"
-
-
-@dataclass
-class Answer:
-    """What came back. `error` is None for a complete answer, otherwise one line that names the cause."""
-
-    error: str | None = None
-    text: str = ""
-    tokens: list[str] = field(default_factory=list)  # with logprobs requested: "token_id:<id>" per token
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[dict[str, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int | None = None  # prompt tokens the answering server did not compute; None when it does not tell
-    kv_state: str | None = None  # `x-kv-state` of the proxy
-    kv_wait_ms: float | None = None  # `x-kv-wait-ms` of the proxy
-    ttft_ms: float | None = None  # request sent to first token; for an answer that is not streamed, to the whole of it
-    itl_ms: list[float] = field(default_factory=list)  # gaps between the token chunks of a stream
-    duration_ms: float = 0.0
-
-    @property
-    def reusable_tokens(self) -> int:
-        """Prompt tokens that can be reused at most: the last one is always computed, to get the next."""
-        return max(self.prompt_tokens - 1, 0)
-
-    @property
-    def reused_tokens(self) -> int:
-        return min(self.cached_tokens or 0, self.reusable_tokens)
+from disagg_prefill_lmcache_v1.measure.types import Answer
 
 
 def new_session() -> aiohttp.ClientSession:

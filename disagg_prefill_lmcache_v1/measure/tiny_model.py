@@ -96,11 +96,19 @@ def _write_tokenizer(directory: Path) -> list[int]:
     tokenizer.train_from_iterator(training_text(), trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise BuildError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens instead of {VOCAB_SIZE}")
-    bos_id, eos_id = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    texts = (tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE))
+    return [token for token, text in enumerate(texts) if text and text.isascii() and text.isprintable()]
+
+
+def _write_configs(directory: Path) -> None:
+    """Writes what transformers and vLLM read beside tokenizer and weights."""
+    bos_id, eos_id = SPECIAL_TOKENS.index(BOS), SPECIAL_TOKENS.index(EOS)  # the trainer gives them the first ids
     _write_json(
         directory / "tokenizer_config.json",
         {
@@ -145,8 +153,6 @@ def _write_tokenizer(directory: Path) -> list[int]:
             "torch_dtype": "bfloat16",
         },
     )
-    texts = (tokenizer.decode([token], skip_special_tokens=True) for token in range(VOCAB_SIZE))
-    return [token for token, text in enumerate(texts) if text and text.isascii() and text.isprintable()]
 
 
 def _write_weights(directory: Path, printable: list[int]) -> None:
@@ -221,6 +227,7 @@ def build(directory: Path = DEFAULT_OUTPUT) -> bool:
     try:
         temporary.chmod(0o755)
         _write_weights(temporary, _write_tokenizer(temporary))
+        _write_configs(temporary)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         _write_json(temporary / MARKER, {"version": VERSION, "files": sizes})
         if is_built(directory):  # a concurrent build was faster

