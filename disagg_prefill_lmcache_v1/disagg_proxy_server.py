@@ -30,7 +30,7 @@ import uvicorn
 
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.app import create_app
-from disagg_prefill_lmcache_v1.proxy.downstream import ClientProtocol
+from disagg_prefill_lmcache_v1.proxy.client import ClientProtocol
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import read_members
 from disagg_prefill_lmcache_v1.proxy.settings import Settings, SettingsError, load_settings

@@ -6,12 +6,9 @@ import os
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-
-if TYPE_CHECKING:
-    from disagg_prefill_lmcache_v1.proxy.app import Job
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 
 _MAX_LINES = 100_000  # lines kept while the log is not read; about 30 MB
 _FLUSH_S = 0.2
@@ -29,33 +26,35 @@ class AccessLog:
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
 
-    def write(self, job: Job, total_s: float) -> None:
+    def write(self, request: RequestContext, total_s: float) -> None:
         """Add the line of a finished request that took ``total_s`` seconds."""
         if len(self._lines) >= _MAX_LINES:
             self._metrics.add("disagg_log_lines_dropped")
             return
-        path = job.path if job.route != "other" else _escaped(job.path)
+        path = request.path if request.route != "other" else _escaped(request.path)
         text = (
-            f'{{"time":{time.time():.3f},"request_id":"{job.request_id}","method":"{job.method}",'
-            f'"path":"{path}","status":{job.status},"outcome":"{job.outcome}","stage":"{job.stage}",'
+            f'{{"time":{time.time():.3f},"request_id":"{request.request_id}","method":"{request.method}",'
+            f'"path":"{path}","status":{request.status},"outcome":"{request.outcome}","stage":"{request.stage}",'
             f'"total_ms":{total_s * 1000:.1f}'
         )
-        if job.prefill_outcome:
-            text += f',"prefill":"{job.prefill_outcome}","prefiller":"{job.prefiller}"'
-            if job.prefill_s >= 0:
-                text += f',"prefill_ms":{job.prefill_s * 1000:.1f}'
-            text += f',"kv_state":"{job.kv_state}"'
-            if job.kv_wait_ms >= 0:
-                text += f',"kv_wait_ms":{job.kv_wait_ms:.1f}'
-        if job.decoder:
-            text += f',"decoder":"{job.decoder}"'
-            if job.decode_s >= 0:
-                text += f',"decode_ms":{job.decode_s * 1000:.1f}'
-        if job.ttft_s >= 0:
-            text += f',"ttft_ms":{job.ttft_s * 1000:.1f}'
-        if job.prompt_tokens >= 0:
-            text += f',"prompt_tokens":{job.prompt_tokens},"reused_tokens":{job.cached_tokens}'
-        self._lines.append(f'{text},"bytes":{job.sent}}}\n')
+        if request.prefill_outcome:
+            text += f',"prefill":"{request.prefill_outcome}","prefiller":"{request.prefiller}"'
+            if request.prefill_s >= 0:
+                text += f',"prefill_ms":{request.prefill_s * 1000:.1f}'
+            text += f',"kv_state":"{request.kv_state}"'
+            if request.kv_wait_ms >= 0:
+                text += f',"kv_wait_ms":{request.kv_wait_ms:.1f}'
+        if request.decoder:
+            text += f',"decoder":"{request.decoder}"'
+            if request.decode_s >= 0:
+                text += f',"decode_ms":{request.decode_s * 1000:.1f}'
+        if request.ttft_s >= 0:
+            text += f',"ttft_ms":{request.ttft_s * 1000:.1f}'
+        if request.prompt_tokens >= 0:
+            text += f',"prompt_tokens":{request.prompt_tokens},"reused_tokens":{request.cached_tokens}'
+        if request.error_detail:
+            text += f',"error":"{_escaped(request.error_detail)}"'
+        self._lines.append(f'{text},"bytes":{request.sent}}}\n')
 
     def _run(self) -> None:
         while not self._closed:

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from proxy_harness import DEADLINE_S, MockThread, ProxyProcess, Stack, dead_port, stack, wait_until
 
-from disagg_prefill_lmcache_v1.proxy.downstream import ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
 
 JSON = {"content-type": "application/json"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

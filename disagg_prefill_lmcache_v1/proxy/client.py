@@ -9,69 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import http
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-
-from disagg_prefill_lmcache_v1.proxy.upstream import Header, known_lines, parse_header
 
 _LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client sees the answer and not a reset
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 
 
-# Header fields that decide how a request is framed, with the only value that the short way below takes.
-_PLAIN_VALUES = {
-    b"connection": b"keep-alive", b"transfer-encoding": None, b"expect": None, b"upgrade": None, b"te": None,
-    b"trailer": None, b"content-length": None,
-}  # fmt: skip
-
-
-class _NoEvent:
-    """Stands for an event that nobody waits for."""
-
-    def set(self) -> None:
-        """Do nothing."""
-
-
-class _PlainCycle:
-    """What uvicorn and ClientRequest need to know of a request that came by the short way."""
-
-    __slots__ = (
-        "body_bytes", "disconnected", "keep_alive", "more_body", "on_response", "response_complete", "response_started",
-        "too_slow",
-    )  # fmt: skip
-    message_event = _NoEvent()
-    version = "1.1"
-
-    def __init__(self, on_response: Callable[[], None], body: bytes) -> None:
-        self.on_response = on_response
-        self.body_bytes = body
-        self.more_body = self.too_slow = False
-        self.disconnected = self.response_started = self.response_complete = False
-        self.keep_alive = True
-
-
-Handler = Callable[["ClientRequest", str, str, bytes, list[Header]], Coroutine[Any, Any, None]]
-"""Serves a request: its client side, method, path, target and headers."""
-
-
 class ClientProtocol(HttpToolsProtocol):
-    """Connection of a client.
-
-    A plain POST whose head comes in one read, on a connection with nothing else in progress, takes a short way past
-    uvicorn's parser and ASGI. Whatever is not that plain goes the usual way.
-    """
-
-    plain_requests: ClassVar[dict[bytes, tuple[str, bytes]]] = {}
-    """Request lines that may take the short way, with their path and target."""
-    handler: ClassVar[Handler | None] = None
-    """What serves those requests."""
-    longest_plain: ClassVar[int] = 0
-    """Longest body, in bytes, that may take the short way."""
-    _inside = False  # of a request that uvicorn's parser has begun
-    _missing = 0  # bytes of the body of a plain request
+    """Connection of a client."""
 
     own_paths: ClassVar[frozenset[str]] = frozenset()
     """Paths whose requests are served by the framework, through ASGI messages only."""
@@ -83,100 +32,6 @@ class ClientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._silence = self.loop.call_later(self.silence_s, transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        if self._missing:
-            self._take_more(data)
-        elif self._inside or not data.startswith(b"POST /v1/") or not self._take_plain(data):
-            super().data_received(data)
-
-    def _take_more(self, data: bytes) -> None:
-        """Another part of the body of a plain request."""
-        missing = self._missing
-        following = b""
-        if len(data) > missing:
-            data, following = data[:missing], data[missing:]
-        self._pieces.append(data)
-        self._missing = missing = missing - len(data)
-        self._silence.cancel()
-        if missing:
-            self._silence = self.loop.call_later(self.silence_s, self._too_slow)
-            return
-        self._silence = None
-        cycle = self.cycle
-        cycle.body_bytes = b"".join(self._pieces)
-        cycle.more_body = False
-        self._pieces = []
-        self._begin()
-        if following:
-            super().data_received(following)
-
-    def _too_slow(self) -> None:
-        self._silence = None
-        self._missing = 0
-        self._pieces = []
-        self.cycle.too_slow = True
-        self.cycle.keep_alive = False
-        self._begin()
-
-    def _begin(self) -> None:
-        """Serve the plain request that has come."""
-        request = ClientRequest(self, self.cycle, False)
-        request.task = task = self.loop.create_task(self.handler(request, "POST", *self._plain))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def _take_plain(self, data: bytes) -> bool:
-        cycle = self.cycle
-        if (cycle is not None and not (cycle.response_complete and cycle.keep_alive)) or self.pipeline:
-            return False
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or self.handler is None:
-            return False
-        lines = data[:end].split(b"\r\n")
-        plain = self.plain_requests.get(lines[0])
-        if plain is None:
-            return False
-        length = -1
-        headers: list[Header] = []
-        for line in lines[1:]:
-            header = known_lines.get(line) or parse_header(line)
-            if header is None:
-                return False
-            name = header[0]
-            if name in _PLAIN_VALUES:
-                if name == b"content-length":
-                    if length >= 0 or not header[1].isdigit() or len(header[1]) > 9:
-                        return False
-                    length = int(header[1])
-                elif header[1].lower() != _PLAIN_VALUES[name]:
-                    return False
-            headers.append(header)
-        missing = length - (len(data) - end - 4)
-        if missing < 0 or length > self.longest_plain or self.transport.is_closing():
-            return False
-        if self._silence is not None:
-            self._silence.cancel()
-            self._silence = None
-        self._unset_keepalive_if_required()
-        self._plain = (*plain, headers)
-        self.cycle = _PlainCycle(self.on_response_complete, data[end + 4 :])
-        if missing:
-            self._missing = missing
-            self._pieces = [self.cycle.body_bytes]
-            self.cycle.more_body = True
-            self._silence = self.loop.call_later(self.silence_s, self._too_slow)
-        else:
-            self._begin()
-        return True
-
-    def on_message_begin(self) -> None:
-        self._inside = True
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        self._inside = False
-        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         if self._silence is not None:
@@ -234,7 +89,7 @@ class ClientRequest:
     task: asyncio.Task[Any]
     """Serves the request; cancelled when the client hangs up. Set right after the request is made."""
 
-    def __init__(self, protocol: ClientProtocol, cycle: RequestResponseCycle | _PlainCycle, head_only: bool) -> None:
+    def __init__(self, protocol: ClientProtocol, cycle: RequestResponseCycle, head_only: bool) -> None:
         self._cycle = cycle
         self.transport = protocol.transport
         self._protocol = protocol
@@ -259,11 +114,6 @@ class ClientRequest:
     async def body(self, limit: int, silence_s: float) -> bytes:
         """The whole body. Raises BodyTooLong above ``limit`` bytes, BodyTooSlow after ``silence_s`` without any."""
         cycle = self._cycle
-        if type(cycle) is _PlainCycle:
-            if cycle.too_slow:
-                raise BodyTooSlow
-            body, cycle.body_bytes = cycle.body_bytes, b""
-            return body
         if cycle.more_body:
             if cycle.waiting_for_100_continue:
                 self._write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,0 +1,147 @@
+"""The decode stage: the client's own request goes to a decode server, whose answer goes back as it comes."""
+
+from __future__ import annotations
+
+import time
+
+from disagg_prefill_lmcache_v1.proxy.answers import pass_on
+from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
+from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
+from disagg_prefill_lmcache_v1.proxy.headers import answer_lines
+from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
+from disagg_prefill_lmcache_v1.proxy.pool import DECODE, Pool, Upstream
+from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.settings import Settings
+from disagg_prefill_lmcache_v1.proxy.upstream import Response, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter
+
+_STATUS = {"timeout": 504, "protocol": 502}
+# What a client is told; the log tells which server it was and what the system said.
+_WORDS = {
+    "refused": "it cannot be reached",
+    "timeout": "it did not answer in time",
+    "lost": "the connection was lost",
+    "protocol": "its answer is not valid HTTP",
+}
+
+
+class DecodeStage:
+    """Sends requests to the servers of one pool and their answers to the clients."""
+
+    def __init__(self, settings: Settings, pool: Pool, metrics: Metrics) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._metrics = metrics
+        self._usage = UsageMeter(metrics)
+        self._itl = metrics.index("disagg_itl_seconds")
+        self.in_flight = metrics.index("disagg_in_flight", "decode")
+
+    async def run(self, client: ClientRequest, request: RequestContext, body: bytes) -> None:
+        """Have the request answered by a decode server. Raises ProxyError."""
+        request.stage = "decode"
+        pool = self._pool
+        values = self._metrics.values
+        tried: list[Upstream] = []
+        failure: UpstreamError | None = None
+        begin = time.perf_counter()
+        while True:
+            upstream = pool.choose(None, tried)
+            if upstream is None:
+                raise _failed(failure)
+            request.decoder = upstream.authority
+            upstream.in_flight += 1
+            values[self.in_flight] += 1.0
+            try:
+                response = await self._ask(upstream, request, body)
+                if upstream.failures:
+                    pool.succeeded(upstream)
+                request.decode_s = time.perf_counter() - begin
+                if self._may_be_known_elsewhere(request, response, upstream, tried):
+                    continue
+                if response.complete and not response.event_stream:
+                    self._answer(client, request, response)
+                else:
+                    await self._stream(client, request, response, upstream)
+                return
+            except UpstreamError as error:
+                # Nothing has been sent to the client yet.
+                failure = error
+                pool.failed(upstream, str(error))
+                tried.append(upstream)
+                if error.kind in ("timeout", "protocol"):
+                    raise _failed(error) from None
+                self._metrics.add("disagg_retries", DECODE)
+            finally:
+                upstream.in_flight -= 1
+                values[self.in_flight] -= 1.0
+
+    async def _ask(self, upstream: Upstream, request: RequestContext, body: bytes) -> Response:
+        method = request.method
+        length = b"content-length: %d\r\n" % len(body) if body or method not in ("GET", "HEAD") else b""
+        head = b"%b %b HTTP/1.1\r\n%b%b%b\r\n" % (
+            method.encode(), request.target, upstream.host_line, request.headers, length,
+        )  # fmt: skip
+        return await upstream.client.request(
+            head + body if len(body) < 65536 else (head, body), no_body=method == "HEAD",
+            head_timeout=self._settings.decode_timeout_s, idle_timeout=self._settings.stream_idle_timeout_s,
+        )  # fmt: skip
+
+    def _may_be_known_elsewhere(
+        self, request: RequestContext, response: Response, upstream: Upstream, tried: list[Upstream]
+    ) -> bool:
+        """Whether to ask the next server: a stored response is known to the one that made it, and to no other."""
+        if response.status != 404 or len(self._pool.upstreams) == 1 or not request.path.startswith("/v1/responses"):
+            return False
+        tried.append(upstream)
+        if self._pool.choose(None, tried) is None:
+            return False
+        if not response.complete:
+            response.connection.abort()
+        return True
+
+    def _answer(self, client: ClientRequest, request: RequestContext, response: Response) -> None:
+        usage_lines = b""
+        if response.status < 400 and request.route != "other":
+            usage_lines = self._usage.note_answer(request, response.body)
+        pass_on(client, request, response, usage_lines)
+
+    async def _stream(
+        self, client: ClientRequest, request: RequestContext, response: Response, upstream: Upstream
+    ) -> None:
+        request.status = response.status
+        connection = response.connection
+        try:
+            request.event_stream = response.event_stream
+            lines = answer_lines(request, response.headers)
+            chunked = client.begin(response.status, lines, response.length)
+            relay = StreamRelay(self._metrics, self._itl, request, client, response)
+            if response.complete:
+                relay.payload(response.body)
+                relay.end()
+            else:
+                connection.stream_to(relay, chunked)
+                client.on_pause(relay.pause)
+            error = await relay.done
+        except BaseException:
+            if not response.complete:
+                connection.abort()
+            raise
+        if relay.usage:
+            self._usage.note(request, relay.usage)
+        if error is None:
+            return
+        if error.kind == "client_stalled":
+            raise ProxyError(504, str(error), "proxy", error.kind)
+        self._pool.failed(upstream, str(error))
+        raise ProxyError(
+            504 if error.kind == "timeout" else 503, f"the decode server failed: {_WORDS[error.kind]}", "decode",
+            error.kind, str(error),
+        )  # fmt: skip
+
+
+def _failed(error: UpstreamError | None) -> ProxyError:
+    if error is None:
+        return ProxyError(503, "there is no decode server", "decode", "refused")
+    message = f"the decode server failed: {_WORDS[error.kind]}"
+    return ProxyError(_STATUS.get(error.kind, 503), message, "decode", error.kind, str(error))

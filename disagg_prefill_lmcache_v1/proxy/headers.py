@@ -1,0 +1,103 @@
+"""Which header fields the proxy passes on, and those that it adds to answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.upstream import Header
+
+# Hop-by-hop headers, and those that are made anew for each hop.
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te",
+     b"trailer", b"transfer-encoding", b"upgrade", b"content-length")
+)  # fmt: skip
+_NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"http2-settings", b"x-request-id"}
+_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms"}
+_request_id_ok = re.compile(rb"[A-Za-z0-9_.:/@+=,~#|-]{1,256}").fullmatch
+
+PREFLIGHT = (
+    b"access-control-allow-methods: GET, POST, PUT, DELETE, OPTIONS, HEAD\r\n"
+    b"access-control-allow-headers: *, Authorization, Content-Type\r\naccess-control-max-age: 600\r\n"
+)
+
+
+class RequestHeaders:
+    """Header fields of a client's request. Header values are "" when absent."""
+
+    __slots__ = ("authorization", "content_length", "content_type", "origin", "request_id", "sent_on")
+
+    def __init__(self, headers: Iterable[Header]) -> None:
+        self.authorization = self.content_length = self.content_type = self.origin = self.request_id = b""
+        connection = b""
+        lines = []
+        for name, value, line in headers:
+            if name in _NOT_SENT_ON:
+                if name == b"x-request-id":
+                    if _request_id_ok(value):
+                        self.request_id = value
+                elif name == b"content-length":
+                    self.content_length = value
+                elif name == b"connection":
+                    connection = value
+                continue
+            if name == b"content-type":
+                self.content_type = value
+            elif name == b"authorization":
+                self.authorization = value
+            elif name == b"origin":
+                self.origin = value
+            lines.append(line)
+        self.sent_on = _without_named(lines, connection)
+
+
+def _without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
+    """Without the fields that a Connection header names as belonging to one hop."""
+    connection = connection.lower()
+    if not connection or connection in (b"keep-alive", b"close"):
+        return lines
+    named = {token.strip() for token in connection.split(b",")}
+    return [line for line in lines if line.partition(b":")[0].lower() not in named]
+
+
+def answer_lines(request: RequestContext, headers: Iterable[Header]) -> list[bytes]:
+    """Header lines of an answer: those of the server that may pass, and the proxy's own."""
+    lines = []
+    connection = b""
+    for name, value, line in headers:
+        if name not in _NOT_SENT_BACK:
+            lines.append(line)
+        elif name == b"connection":
+            connection = value
+    if connection:
+        lines = _without_named(lines, connection)
+    if request.cors:
+        lines = [line for line in lines if not line.lower().startswith(b"access-control-")]
+        lines.append(request.cors)
+    lines.append(own_lines(request))
+    return lines
+
+
+def own_lines(request: RequestContext) -> bytes:
+    """Header lines that tell the request's id and what became of its KV cache."""
+    text = f"x-request-id: {request.request_id}\r\n"
+    if request.kv_state:
+        text += f"x-kv-state: {request.kv_state}\r\n"
+        if request.kv_wait_ms >= 0:
+            text += f"x-kv-wait-ms: {request.kv_wait_ms:.1f}\r\n"
+        if request.kv_transfer_ms >= 0:
+            text += f"x-kv-transfer-ms: {request.kv_transfer_ms:.1f}\r\n"
+    return text.encode()
+
+
+def cors_lines(allowed: frozenset[bytes], origin: bytes) -> bytes:
+    """Header lines for a browser page of that origin; b"" if it is not allowed."""
+    if b"*" in allowed:
+        return b"access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\n"
+    if origin not in allowed:
+        return b""
+    return (
+        b"access-control-allow-origin: %b\r\nvary: Origin\r\n"
+        b"access-control-allow-credentials: true\r\naccess-control-expose-headers: x-request-id\r\n" % origin
+    )

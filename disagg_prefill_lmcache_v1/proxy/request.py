@@ -1,0 +1,63 @@
+"""What is known about one request; the source of its access log line and metrics."""
+
+from __future__ import annotations
+
+import time
+
+
+class RequestContext:
+    """One request: what came, what is sent on, and how it went. Times are seconds, -1 means not known."""
+
+    __slots__ = (
+        "cached_tokens",
+        "cors",
+        "decode_s",
+        "decoder",
+        "error_detail",
+        "event_stream",
+        "headers",
+        "kv_state",
+        "kv_transfer_ms",
+        "kv_wait_ms",
+        "method",
+        "outcome",
+        "path",
+        "prefill_outcome",
+        "prefill_s",
+        "prefiller",
+        "prompt_tokens",
+        "request_id",
+        "route",
+        "sent",
+        "stage",
+        "start",
+        "status",
+        "target",
+        "ttft_s",
+        "want_usage",
+    )
+
+    def __init__(
+        self, method: str, path: str, target: bytes, route: str, request_id: str, headers: bytes, cors: bytes = b""
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.target = target
+        self.route = route  # the path if it is a generating one, else "other"
+        self.request_id = request_id
+        self.headers = headers  # header lines that are sent on to the servers
+        self.cors = cors  # header lines that are added to the answer
+        self.start = time.perf_counter()
+        self.stage = "proxy"
+        self.status = 0
+        self.outcome = "ok"
+        self.error_detail = ""
+        self.prefill_outcome = ""
+        self.prefill_s = self.decode_s = self.ttft_s = -1.0
+        self.kv_state = ""
+        self.kv_wait_ms = self.kv_transfer_ms = -1.0
+        self.prompt_tokens = self.cached_tokens = -1
+        self.prefiller = self.decoder = ""
+        self.sent = 0  # bytes of the answer's body
+        self.event_stream = False
+        self.want_usage = False  # whether the end of an event stream tells the usage
