@@ -1,0 +1,115 @@
+"""TCP ports of this machine: which are taken, by whom, and whether a server answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from disagg_prefill_lmcache_v1.launch.messages import Failure, Progress, info
+
+HOST = "127.0.0.1"
+LISTEN = "0A"  # the state in /proc/net/tcp
+OLD_CONNECTIONS_S = 70.0  # the kernel keeps their remains for 60 s
+# Addresses that a server on the loopback address would collide with: it, any, and both as IPv6 writes them.
+_LOCAL = re.compile(r"(0100007F|0{8}|0{16}FFFF00000100007F|0{32}):([0-9A-F]{4})")
+
+
+def port_rows(port: int) -> list[tuple[str, int]]:
+    """State and inode of each TCP socket on this local port that a loopback server would collide with."""
+    rows = []
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/net", table).read_text(encoding="ascii").splitlines()[1:]:
+                words = line.split()
+                local = _LOCAL.fullmatch(words[1])
+                if local and int(local[2], 16) == port:
+                    rows.append((words[3], int(words[9])))
+    return rows
+
+
+def is_listening(port: int) -> bool:
+    """Whether a server has this port."""
+    return any(state == LISTEN for state, _ in port_rows(port))
+
+
+def port_is_ours(port: int, pids: Iterable[int]) -> bool:
+    """Whether the listening socket belongs to one of these processes; True where that cannot be seen."""
+    sockets = {f"socket:[{inode}]" for state, inode in port_rows(port) if state == LISTEN}
+    if not sockets:
+        return True
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(entry) in sockets:
+                        return True
+    return False
+
+
+def free_port(in_a_row: int = 1) -> int:
+    """A port that nothing listens on, nor on the next ones."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            first: int = stack.enter_context(socket.create_server((HOST, 0))).getsockname()[1]
+            for port in range(first + 1, first + in_a_row):
+                stack.enter_context(socket.create_server((HOST, port)))
+            return first
+
+
+def tcp_answers(port: int, timeout_s: float = 2.0) -> bool:
+    """One quick try to connect."""
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout_s):
+        return True
+    return False
+
+
+def http_answers(port: int, path: str, timeout_s: float = 2.0) -> bool:
+    """Whether a GET of this path is answered with 200, in one quick try."""
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout_s) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode("ascii"))
+        answer = b""
+        while b"\n" not in answer and len(answer) < 1024 and time.monotonic() < deadline:
+            received = connection.recv(1024)
+            if not received:
+                break
+            answer += received
+        return re.match(rb"HTTP/1\.\d 200\b", answer) is not None
+    return False
+
+
+def settle_kv_port(port: int, *, given: bool, others: Collection[int], pause: Callable[[], None]) -> int:
+    """The port that the KV server takes: this one, or the next without remains of old connections.
+
+    LMCache's server binds without SO_REUSEADDR, so such remains would stop it. A port that a person has ``given`` is
+    waited for, with a ``pause`` in each round. ``others`` are the stack's other ports.
+
+    Raises:
+        Failure: the given port is in use, or there is none.
+    """
+    wanted = port
+    with Progress() as progress:
+        while rows := port_rows(port):
+            if not given:
+                port += 1
+                while port in others:
+                    port += 1
+                if port > 65535:
+                    raise Failure("no free port found for the KV server: give one with --kv-port")
+                continue
+            if any(state == LISTEN for state, _ in rows):
+                raise Failure(f"port {port} is used by another program: stop it, or give another --kv-port")
+            if progress.elapsed_s > OLD_CONNECTIONS_S:
+                raise Failure(
+                    f"port {port} still has old connections after {OLD_CONNECTIONS_S:.0f} s: give another --kv-port"
+                )
+            progress.show(f"waiting until old connections on port {port} (--kv-port) are gone")
+            pause()
+    if port != wanted:
+        info(f"KV server takes port {port}: {wanted} still has old connections")
+    return port
