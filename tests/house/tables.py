@@ -1,0 +1,46 @@
+"""The settings tables in docs/, which are made from the code.
+
+    python tests/house/tables.py [--write]
+
+A place for one looks like ``<!-- table MODULE:CLASS PREFIX -->`` and ends with ``<!-- end -->``. Without --write it is
+only told which file is out of date (exit status 1).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACE = re.compile(r"<!-- table (?P<module>\S+):(?P<name>\w+) (?P<prefix>\w*) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """The text of a page with its tables as the code has them."""
+    from disagg_prefill_lmcache_v1.settings import table
+
+    def made(place: re.Match[str]) -> str:
+        settings = getattr(importlib.import_module(f"disagg_prefill_lmcache_v1.{place['module']}"), place["name"])
+        return f"{place[0].splitlines()[0]}\n{table(settings, prefix=place['prefix'])}<!-- end -->"
+
+    return PLACE.sub(made, text)
+
+
+def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(ROOT))
+    status = 0
+    for page in sorted(ROOT.glob("docs/*.md")):
+        old = page.read_text(encoding="utf-8")
+        new = fill(old)
+        if new != old and "--write" in arguments:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            print(f"{page.relative_to(ROOT)} is not what the code says: python tests/house/tables.py --write")
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""README and docs: links and paths exist, tables are those of the code, shell commands run as far as they can here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "disagg_prefill_lmcache_v1"
+PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.is_file()]
+MADE_BY_A_RUN = {"summary.json", "prefiller.log", "decoder.log", "proxy.log", "kv_server.log", ".models", ".venv"}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", text):
+        if target and not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]*)\)", text):
+        titles = re.findall(r"^#+ (.*)$", ((page.parent / target) if target else page).read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert anchor in anchors, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_path_that_is_named_exists(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for path in re.findall(r"`([\w./-]+)`", prose):
+        looks_like_one = re.search(r"\.(py|sh|md|yaml|env|toml|json|log)$", path) or re.fullmatch(r"[\w.-]+/", path)
+        if looks_like_one and path not in MADE_BY_A_RUN:
+            assert any((folder / path).exists() for folder in (ROOT, PACKAGE, PACKAGE / "configs", page.parent)), path
+
+
+def test_the_readme_names_every_script_and_configuration() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (
+        *PACKAGE.glob("disagg_*"),
+        *PACKAGE.glob("configs/*"),
+        *ROOT.glob("kv_cache*.py"),
+        *ROOT.glob("docs/*"),
+    ):
+        assert path.name in readme, name(path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=name)
+def test_tables_are_those_of_the_code(page: Path) -> None:
+    assert tables.fill(page.read_text()) == page.read_text(), "python tests/house/tables.py --write"
+
+
+def test_there_are_tables() -> None:
+    places = tables.PLACE.findall((ROOT / "docs/settings.md").read_text())
+    assert len(places) >= 1
+    assert tables.fill("<!-- table measure.settings:Settings X_ -->\n<!-- end -->").count("`X_SEED`") == 1
+
+
+# --- commands
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and command of every line of a bash block; continued lines in one."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line.split(" #")[0].strip()) for line in lines if line.strip() and line[0] != "#"]
+    return found
+
+
+def bash(command: str, folder: Path) -> str:
+    """What a command prints to stdout; it must succeed and leave nothing in its run directory."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DISAGG_DEVICE": "cpu",
+        "DISAGG_RUN_DIR": str(folder),
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(folder.iterdir()) == []
+    return done.stdout
+
+
+def dry_run(command: str, folder: Path) -> None:
+    """A command of the launcher only prints what it would start."""
+    words, dashes, extra = command.partition(" -- ")
+    printed = bash(f"{words} --dry-run{dashes}{extra}", folder)
+    assert re.search(r"vllm|kv|proxy", printed)
+
+
+def known_flags(command: str, folder: Path) -> None:
+    """All flags of the command are in the program's help."""
+    program = re.match(r"python (\S+\.py\b|-m \S+)", command)[0]
+    known = re.findall(r"--[a-z0-9][a-z0-9-]*", bash(f"{program} --help", folder))
+    assert set(re.findall(r"--[a-z0-9][a-z0-9-]*", command)) <= set(known)
+
+
+def make(command: str, folder: Path) -> None:
+    bash(command.replace("make", "make --dry-run"), folder)
+
+
+# How a command is tried, or None and why it is not.
+WAYS = [
+    (r"(\w+=\S+ )*bash disagg_prefill_lmcache_v1/disagg_example_gaudi_lm(_tp2)?\.sh\b.*", dry_run),
+    (r"(\w+=\S+ )*bash disagg_prefill_lmcache_v1/disagg_vllm_launcher_gaudi_lm(_tp2)?\.sh \S+.*", dry_run),
+    (r"python (\S+\.py|-m disagg_prefill_lmcache_v1\.\S+)( .*)?", known_flags),
+    (r"make (check|fix|test)", make),
+    (r"bash tests/run\.sh( .*)?", None),  # runs this test
+    (r"curl .*", None),  # needs a stack that runs; tests/stack asks the same of one
+    (r"pip (un)?install .*", None),  # changes the environment
+]
+
+
+def way(command: str) -> Callable[[str, Path], None] | None:
+    matching = [how for pattern, how in WAYS if re.fullmatch(pattern, command)]
+    assert len(matching) == 1, f"{command}: {len(matching)} ways in WAYS"
+    return matching[0]
+
+
+def test_every_command_is_tried_or_excused() -> None:
+    assert sum(way(command) is not None for _, command in commands()) >= 10
+
+
+@pytest.mark.parametrize(("page", "command"), dict.fromkeys(commands()))
+def test_command(page: str, command: str, tmp_path: Path) -> None:
+    if (try_it := way(command)) is not None:
+        try_it(command, tmp_path)
