@@ -51,7 +51,7 @@ from lmcache.v1.metadata import LMCacheMetadata
 
 from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
 from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
+from disagg_prefill_lmcache_v1.kv.stores import registry
 
 # layers, KV heads, head size, dtype, block size on CPU
 SHAPES: dict[str, tuple[int, int, int, torch.dtype, int]] = {
@@ -428,7 +428,7 @@ def run(args: argparse.Namespace, shape: str) -> dict[str, Any]:
                 print(f"  {kind:8s} stock: does not work here: {type(error).__name__}: {str(error)[:200]}", flush=True)
         with server(kind, room) as url, engine_of(url, shape, None, staging) as engine:
             backend = next(b for b in engine.storage_manager.storage_backends.values() if "Remote" in str(b))
-            client = kv_store.connect(url, backend.loop, backend.local_cpu_backend)
+            client = registry.connect(url, backend.loop, backend.local_cpu_backend)
             backend.connection = client
             for thread in threading.enumerate():
                 if thread.name == "kv-store-map":  # the client maps it in the background

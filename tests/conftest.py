@@ -24,7 +24,7 @@ def loop():
 @pytest.fixture(scope="module", params=["lm", "redis", "shm", "nixl"])
 def server(request):
     """A real KV store of each kind."""
-    from test_kv_store import Server
+    from kv_stores import Server
 
     if request.param == "redis" and not shutil.which("redis-server"):
         pytest.skip("redis-server is not installed")

@@ -46,7 +46,9 @@ from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
 from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover, UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
 from disagg_prefill_lmcache_v1.kv.policy import LoadBook, LoadPolicy, mode_from_environment
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
+from disagg_prefill_lmcache_v1.kv.stores import registry
+from disagg_prefill_lmcache_v1.kv.stores.base import Store, StoreUnavailable
+from disagg_prefill_lmcache_v1.kv.stores.client import StoreClient
 from disagg_prefill_lmcache_v1.kv.stores.shm import ShmStoreConnector
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer, wait_timeout_s
 
@@ -247,7 +249,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     """See the module's text. The name must contain "LMCache": the Gaudi plugin looks for it.
 
     Raises (at server start):
-        UnsupportedKVLayout, kv_store.StoreUnavailable, ValueError: with what to change.
+        UnsupportedKVLayout, StoreUnavailable, ValueError: with what to change.
     """
 
     _meter: Meter | None = None  # the worker's
@@ -328,7 +330,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             self._take_over(engine, client)
         self._watch_loads(engine)
 
-    def _take_over(self, engine: Any, client: kv_store.StoreClient) -> None:
+    def _take_over(self, engine: Any, client: Store) -> None:
         """Let kv_transfer.py store and load in place of LMCache's engine, if the KV cache can be moved by us."""
         if self._paged is None:
             return
@@ -348,14 +350,14 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         logger.info("KV is stored and loaded by %s", type(copy).__name__)
 
     @staticmethod
-    def _replace_store_client(backend: RemoteBackend) -> kv_store.StoreClient | None:
+    def _replace_store_client(backend: RemoteBackend) -> Store | None:
         ours = backend.connection.getWrappedConnector() if backend.connection is not None else None
-        if isinstance(ours, ShmStoreConnector | kv_store.StoreClient):
+        if isinstance(ours, ShmStoreConnector | StoreClient):
             return ours  # LMCache has made it, through its plugin seam
-        client = kv_store.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
+        client = registry.connect(backend.remote_url, backend.loop, backend.local_cpu_backend)
         if client is None:
             if backend.connection is None:
-                raise kv_store.StoreUnavailable("the KV store of remote_url does not answer")
+                raise StoreUnavailable("the KV store of remote_url does not answer")
             return None
         stock, backend.connection = backend.connection, InstrumentedRemoteConnector(client)
         if stock is None:

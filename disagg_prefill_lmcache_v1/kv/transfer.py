@@ -8,8 +8,8 @@ reads all chunks and then copies them to the device. Here the steps overlap:
 - load: chunks are read over several connections at once, each is copied to the device while the next ones arrive, and
   the forward pass waits for them on the device only.
 
-Keys, chunks, staging memory and statistics are LMCache's. A store client with the words of ``kv_store.StoreClient``
-is needed; a client whose staging memory is the store itself (kv_shm.py) saves the copies in between.
+Keys, chunks, staging memory and statistics are LMCache's. A client of the store (stores/base.py) whose staging memory
+is the store itself (stores/shm.py) saves the copies in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ctypes
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ import torch
 from lmcache.logging import init_logger
 
 from disagg_prefill_lmcache_v1.kv.layout import KVMover
-from disagg_prefill_lmcache_v1.kv.stores.store import Fetch
+from disagg_prefill_lmcache_v1.kv.stores.base import Fetch, Store
 
 logger = init_logger(__name__)
 
@@ -36,24 +36,6 @@ DEFAULT_COPY_THREADS = 2
 STAGE_AT_ONCE = 8
 # Device memory for chunks between the KV cache and the host. The engine waits only when all of it is on its way.
 DEVICE_STAGING_BYTES = 512 << 20
-
-
-class Store(Protocol):
-    """What is needed of a store client; see kv_store.StoreClient."""
-
-    links: int
-
-    def stage(
-        self, keys: Sequence[Any], shapes: Sequence[torch.Size], dtype: torch.dtype
-    ) -> tuple[list[torch.Tensor | None], list[bool]]: ...
-
-    def commit(self, keys: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None: ...
-
-    def abandon(self, keys: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None: ...
-
-    def fetch(self, keys: Sequence[Any]) -> Fetch: ...
-
-    def memory(self) -> list[tuple[int, int]]: ...
 
 
 class Written(Protocol):

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kv"), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
-from test_kv_store import Staging  # noqa: E402
+from kv_stores import Staging  # noqa: E402
 
 from disagg_prefill_lmcache_v1.kv.stores.nixl import NixlReceiver  # noqa: E402
-from disagg_prefill_lmcache_v1.kv.stores.shm_server import parse_size  # noqa: E402
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import parse_size  # noqa: E402
 
 if __name__ == "__main__":
     loop = asyncio.new_event_loop()

@@ -1,6 +1,6 @@
 """kv_nixl: both sides in this process, each with an agent of its own; NIXL and UCX are real.
 
-What it shares with the other stores is tested with them (test_kv_store.py, test_kv_transfer.py).
+What it shares with the other stores is tested with them (test_base.py, test_kv_transfer.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from launch_harness import free_ports, wait_until
 pytest.importorskip("lmcache", reason="LMCache is not installed")
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
-from test_kv_store import Staging, key
+from kv_stores import Staging, key
 
+from disagg_prefill_lmcache_v1.kv.stores import base, nixl_agent
 from disagg_prefill_lmcache_v1.kv.stores import nixl as kv_nixl
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
 from disagg_prefill_lmcache_v1.kv.stores.nixl import NixlReceiver, NixlSender
 
 MIB = 1 << 20
@@ -101,7 +101,7 @@ def test_a_full_decoder_drops_the_oldest_and_tells_where_it_cannot(sender, recei
     left = [name for name in names if receiver.count_present([name])]
     with receiver.fetch(left) as chunks:
         assert len(list(chunks)) == len(left)
-        with pytest.raises(kv_store.StoreRefused, match="KV_NIXL_SIZE"):
+        with pytest.raises(base.StoreRefused, match="KV_NIXL_SIZE"):
             send(sender, key(uuid.uuid4()))
     send(sender, key(uuid.uuid4()))
 
@@ -110,10 +110,10 @@ def test_a_write_that_is_late_keeps_its_place(sender, receiver, monkeypatch):
     """It may still go on: nobody else may be given these bytes, and nobody may find the chunk."""
     late = key(uuid.uuid4())
     before = receiver.stats()["reserved"]
-    refused = pytest.raises(kv_store.StoreUnavailable, match="timed out")
+    refused = pytest.raises(base.StoreUnavailable, match="timed out")
     with moving_raises(sender, monkeypatch, TimeoutError("timed out")), refused:
         send(sender, late)
-    wait_until(lambda: time.monotonic() - sender._failed_at > kv_store.RETRY_AFTER_S, "the sender tries again")
+    wait_until(lambda: time.monotonic() - sender._failed_at > base.RETRY_AFTER_S, "the sender tries again")
     send(sender, key(uuid.uuid4()))
     assert receiver.stats()["reserved"] == before + 1
     assert receiver.count_present([late]) == 0
@@ -123,7 +123,7 @@ def test_a_write_that_is_late_keeps_its_place(sender, receiver, monkeypatch):
 
 def test_a_write_that_fails_gives_its_place_back(sender, receiver, monkeypatch):
     before = receiver.stats()["reserved"]
-    refused = pytest.raises(kv_store.StoreUnavailable, match="NIXL: no")
+    refused = pytest.raises(base.StoreUnavailable, match="NIXL: no")
     with moving_raises(sender, monkeypatch, ConnectionError("NIXL: no")), refused:
         send(sender, key(uuid.uuid4()))
     wait_until(lambda: receiver.stats()["reserved"] == before, "the place is free again")
@@ -152,7 +152,7 @@ def test_the_receiver_looks_at_the_network_only_while_somebody_sends(sender, rec
 
 def test_a_sender_waits_for_its_receiver(module_loop):
     port = free_ports(1)[0]
-    with pytest.raises(kv_store.StoreUnavailable, match=f"nixl://127.0.0.1:{port}: the decode server does not listen"):
+    with pytest.raises(base.StoreUnavailable, match=f"nixl://127.0.0.1:{port}: the decode server does not listen"):
         NixlSender("127.0.0.1", port, module_loop, Staging(), start_s=0.2)
     made = []
     thread = threading.Thread(target=lambda: made.append(NixlSender("127.0.0.1", port, module_loop, Staging())))
@@ -169,25 +169,25 @@ def test_a_sender_waits_for_its_receiver(module_loop):
 
 
 def test_another_server_on_the_port_is_told(module_loop, receiver, port):
-    with pytest.raises(kv_store.StoreUnavailable, match="cannot listen"):
+    with pytest.raises(base.StoreUnavailable, match="cannot listen"):
         NixlReceiver("127.0.0.1", port, module_loop, Staging(), MIB)
 
 
 def test_a_shared_memory_store_is_no_decode_server(module_loop):
-    from test_kv_store import Server
+    from kv_stores import Server
 
     server = Server("shm")
     try:
-        with pytest.raises(kv_store.StoreUnavailable, match="no decode server of this version"):
+        with pytest.raises(base.StoreUnavailable, match="no decode server of this version"):
             NixlSender("127.0.0.1", server.port, module_loop, Staging())
     finally:
         server.stop()
 
 
 def test_without_nixl_the_error_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(kv_nixl, "MODULES", ("no_such_nixl._api",))
-    with pytest.raises(kv_store.StoreUnavailable, match="pip install nixl"):
-        kv_nixl.Agent()
+    monkeypatch.setattr(nixl_agent, "MODULES", ("no_such_nixl._api",))
+    with pytest.raises(base.StoreUnavailable, match="pip install nixl"):
+        nixl_agent.Agent()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_bad_settings_are_told(module_loop, monkeypatch, settings, environment, 
     values = {f"remote_storage_plugin.nixl.{name}": value for name, value in settings.items()}
     config = SimpleNamespace(get_extra_config_value=lambda name, default: values.get(name, default))
     backend = SimpleNamespace(config=config, metadata=SimpleNamespace(worker_id=0))
-    with pytest.raises((ValueError, kv_store.StoreUnavailable), match=said):
+    with pytest.raises((ValueError, base.StoreUnavailable), match=said):
         kv_nixl.connect("plugin://nixl", module_loop, backend)
 
 

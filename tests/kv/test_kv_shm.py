@@ -1,6 +1,6 @@
 """kv_shm: the real server in a process of its own, real clients in this process and in others.
 
-What it has in common with the other stores is in test_kv_store.py.
+What it has in common with the other stores is in test_base.py.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from launch_harness import PACKAGE, REPOSITORY, wait_until
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: its formats and its plugin seam are what is tested")
 
+from kv_stores import CHUNK, HEAD_SIZE, HEADS, LAYERS, Client, Server, Staging, chunk, key
 from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.event_manager import EventManager
 from lmcache.v1.health_monitor.checks.remote_backend_check import RemoteBackendHealthCheck
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from lmcache.v1.storage_backend.storage_manager import StorageManager
-from test_kv_store import CHUNK, HEAD_SIZE, HEADS, LAYERS, Client, Server, Staging, chunk, key
 
+from disagg_prefill_lmcache_v1.kv.stores import base, registry, shm_index, shm_memory, shm_server
 from disagg_prefill_lmcache_v1.kv.stores import shm as kv_shm
-from disagg_prefill_lmcache_v1.kv.stores import shm_server as kv_shm_server
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
-from disagg_prefill_lmcache_v1.kv.stores.shm_server import ALIGNMENT, BUSY, NO_ROOM, PRESENT, Index, Space, parse_size
+from disagg_prefill_lmcache_v1.kv.stores.shm_index import BUSY, NO_ROOM, PRESENT, Index, Space
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import ALIGNMENT, parse_size
 
 SHAPE = torch.Size((2, LAYERS, CHUNK, HEADS * HEAD_SIZE))
 CHUNK_BYTES = SHAPE.numel() * 4
@@ -92,7 +92,7 @@ def present(index, keys):
 
 
 def test_the_least_recently_used_chunk_goes_first():
-    index, client = Index(4 * ALIGNMENT), kv_shm_server.Client()
+    index, client = Index(4 * ALIGNMENT), shm_index.Client()
     for key_ in "abcd":
         put(index, client, key_)
     assert index.pin(client, "a") == [(0, ALIGNMENT, None)]
@@ -106,7 +106,7 @@ def test_the_least_recently_used_chunk_goes_first():
 
 
 def test_of_a_prompt_the_last_chunk_goes_first():
-    index, client = Index(4 * ALIGNMENT), kv_shm_server.Client()
+    index, client = Index(4 * ALIGNMENT), shm_index.Client()
     put(index, client, *"abcd")
     put(index, client, "x")
     assert present(index, "abcd") == "abc"
@@ -116,7 +116,7 @@ def test_of_a_prompt_the_last_chunk_goes_first():
 
 
 def test_pinned_and_reserved_chunks_stay():
-    index, reader, writer = Index(4 * ALIGNMENT), kv_shm_server.Client(), kv_shm_server.Client()
+    index, reader, writer = Index(4 * ALIGNMENT), shm_index.Client(), shm_index.Client()
     put(index, writer, "a")
     assert index.pin(reader, "aa") == [(0, ALIGNMENT, None)] * 2
     assert index.reserve(writer, [("r", ALIGNMENT, None)]) == [ALIGNMENT]
@@ -136,7 +136,7 @@ def test_pinned_and_reserved_chunks_stay():
 
 
 def test_a_client_that_goes_loses_its_pins_and_what_it_was_writing():
-    index, gone, stays = Index(4 * ALIGNMENT), kv_shm_server.Client(), kv_shm_server.Client()
+    index, gone, stays = Index(4 * ALIGNMENT), shm_index.Client(), shm_index.Client()
     put(index, gone, "a")
     index.reserve(gone, [("w", 2 * ALIGNMENT, None)])
     index.pin(gone, "aa")
@@ -184,10 +184,10 @@ def test_memory_that_a_control_group_does_not_give_is_not_taken(monkeypatch, tmp
     (tmp_path / "memory.current").write_text("700000000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000000\n")
     names = ("memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(kv_shm_server, "_cgroups", lambda: iter([(tmp_path / "none", *names), (tmp_path, *names)]))
-    assert kv_shm_server.available_memory() == 400000000
+    monkeypatch.setattr(shm_memory, "_cgroups", lambda: iter([(tmp_path / "none", *names), (tmp_path, *names)]))
+    assert shm_memory.available_memory() == 400000000
     (tmp_path / "memory.max").write_text("max\n")
-    assert kv_shm_server.available_memory() > 400000000
+    assert shm_memory.available_memory() > 400000000
 
 
 # server and clients
@@ -262,7 +262,7 @@ def test_abandoned_chunks_give_their_room_back(client):
     assert there == [False] * (ROOM + 1), "no room is told from being there"
     client.connector.abandon(keys, tensors)
     assert client.connector.stats()["bytes"] == 0
-    with pytest.raises(kv_store.StoreUnavailable, match="not reserved"):
+    with pytest.raises(base.StoreUnavailable, match="not reserved"):
         client.connector.commit(keys[:1], tensors[:1])
     assert client.connector.count_present(keys) == 0
     assert store(client, keys) == ROOM
@@ -359,13 +359,13 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
         arriving = iter(chunks)
         i, first = next(arriving)
         server.stop()
-        with pytest.raises(kv_store.StoreUnavailable):
+        with pytest.raises(base.StoreUnavailable):
             client.connector.count_present(keys)
         rest = dict(arriving)
         for tensor in (first, *rest.values()):
             assert torch.equal(tensor, torch.full(SHAPE, 5.0))
         assert i not in rest
-    with pytest.raises(kv_store.StoreUnavailable):
+    with pytest.raises(base.StoreUnavailable):
         client.connector.stage(some_keys(1), [SHAPE], torch.float32)
     assert remapped == []
     server.start()
@@ -373,14 +373,14 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
     def back():
         try:
             return client.connector.count_present(keys) == 0
-        except kv_store.StoreUnavailable:
+        except base.StoreUnavailable:
             return False
 
     wait_until(back, "the restarted store answers", 10)
     assert remapped == [client.connector.memory()]
     assert client.connector.memory() != before
     tensors[0].fill_(6.0)  # a late write reaches nobody
-    with pytest.raises(kv_store.StoreUnavailable):
+    with pytest.raises(base.StoreUnavailable):
         client.connector.commit(staged, tensors)
     store(client, [*staged, *keys], 8.0)
     assert values(client, [*staged, *keys]) == [8.0] * 3
@@ -395,11 +395,11 @@ def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, serv
     tensors, _ = client.connector.stage(written, [SHAPE], torch.float32)
     with client.connector.fetch(read) as chunks:
         _, reading = next(iter(chunks))
-        monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 0.2)
-        client.connector._session._socket.settimeout(0.2)
+        monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.2)
+        client.connector._session._link.set_timeout(0.2)
         os.kill(server.process.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(kv_store.StoreUnavailable, match="timed out"):
+            with pytest.raises(base.StoreUnavailable, match="timed out"):
                 client.connector.count_present(read)
         finally:
             os.kill(server.process.pid, signal.SIGCONT)
@@ -409,7 +409,7 @@ def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, serv
         tensors[0].fill_(3.0)
         assert torch.equal(reading, torch.full(SHAPE, 1.0))
     assert values(other, others).count(2.0) == ROOM - 2
-    with pytest.raises(kv_store.StoreUnavailable):
+    with pytest.raises(base.StoreUnavailable):
         client.connector.commit(written, tensors)
     wait_until(lambda: other.connector.stats()["reserved"] == 0, "all was given back, so the connection was closed", 5)
     assert other.connector.stats()["pinned"] == 0
@@ -423,12 +423,12 @@ def test_a_late_answer_is_never_taken_for_another_one(client, server, monkeypatc
     store(client, name)
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        session._socket.settimeout(0.1)
+        session._link.set_timeout(0.1)
         with pytest.raises(TimeoutError):
             session.ask("exists", [name[0].to_string()])
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
-    session._socket.settimeout(5)
+    session._link.set_timeout(5)
     with pytest.raises(ConnectionResetError):  # [1, False] was the other one's
         session.ask("pin", ["unknown"])
     assert client.connector.count_present(name) == 1, "on a new connection"
@@ -437,18 +437,18 @@ def test_a_late_answer_is_never_taken_for_another_one(client, server, monkeypatc
 @pytest.mark.parametrize("lie", [{"inode": 1}, {"pid": 1 << 22}, {"fd": 1 << 20}, {"size": 1 << 30}], ids=str)
 def test_memory_that_is_not_the_servers_is_not_mapped(loop, lie):
     """A server on another machine, or in another container: its process number means nothing here."""
-    hello = msgspec.msgpack.encode((True, kv_shm_server.Segment(SIZE).describe() | lie))
+    hello = msgspec.msgpack.encode((True, shm_memory.Segment(SIZE).describe() | lie))
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer():
             link = listening.accept()[0]
             link.recv(100)
-            link.sendall(kv_shm_server.FRAME.pack(len(hello)) + hello)
+            link.sendall(shm_server.FRAME.pack(len(hello)) + hello)
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(kv_store.StoreUnavailable, match="must run on this machine, as the same user"):
-            kv_store.connect(f"shm://127.0.0.1:{listening.getsockname()[1]}", loop, Staging())
+        with pytest.raises(base.StoreUnavailable, match="must run on this machine, as the same user"):
+            registry.connect(f"shm://127.0.0.1:{listening.getsockname()[1]}", loop, Staging())
         thread.join()
 
 
@@ -636,7 +636,7 @@ def autorelease():
 def test_an_address_that_is_missing_or_wrong_is_told(loop, monkeypatch):
     monkeypatch.delenv(kv_shm.URL_VARIABLE, raising=False)
     with pytest.raises(ValueError, match=r"remote_storage_plugin\.shm\.url is '': allowed: shm://HOST:PORT"):
-        kv_store.connect("plugin://shm", loop, Staging())
+        registry.connect("plugin://shm", loop, Staging())
     monkeypatch.setenv(kv_shm.URL_VARIABLE, "shm://127.0.0.1")
     with pytest.raises(ValueError, match="allowed: shm://HOST:PORT"):
-        kv_store.connect("plugin://shm", loop, Staging())
+        registry.connect("plugin://shm", loop, Staging())

@@ -1,123 +1,26 @@
-"""kv_store: our clients against real stores started here: LMCache's server, Redis, shared memory, a NIXL receiver."""
+"""Stores: our clients against real stores started here: LMCache's server, Redis, shared memory, a NIXL receiver."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import uuid
 
 import pytest
 import redis
 import torch
-from launch_harness import REPOSITORY, free_ports, wait_until
+from launch_harness import free_ports, wait_until
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
 
-from lmcache.utils import CacheEngineKey
-from lmcache.v1.config import LMCacheEngineConfig
-from lmcache.v1.memory_allocators.ad_hoc_memory_allocator import AdHocMemoryAllocator
+from kv_stores import CHUNK, HEAD_SIZE, HEADS, LAYERS, Client, Staging, chunk, key
 from lmcache.v1.memory_management import MemoryFormat
-from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
 from lmcache.v1.storage_backend.connector.redis_connector import RedisConnector
 
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
-
-LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
-
-
-class Staging:
-    """What a client needs of LMCache's LocalCPUBackend; counts chunks that were not given back."""
-
-    def __init__(self, kv_heads=HEADS):
-        self.config = LMCacheEngineConfig.from_defaults(chunk_size=CHUNK)
-        self.metadata = LMCacheMetadata(
-            "model", 1, 1, 0, 0, torch.float32, (LAYERS, 2, CHUNK, kv_heads, HEAD_SIZE), chunk_size=CHUNK
-        )
-        self._allocator = AdHocMemoryAllocator("cpu")
-        self.taken = []
-
-    def allocate(self, shape, dtype, fmt, **kwargs):
-        shape, dtype = (x[0] if isinstance(x, list) else x for x in (shape, dtype))
-        obj = self._allocator.allocate(shape, dtype, fmt)
-        self.taken.append(obj)
-        return obj
-
-
-def key(name):
-    return CacheEngineKey("model", 1, 0, abs(hash(name)), torch.float32)
-
-
-def chunk(staging, tokens=CHUNK):
-    obj = staging.allocate(torch.Size((2, LAYERS, tokens, HEADS * HEAD_SIZE)), torch.float32, MemoryFormat.KV_2LTD)
-    obj.tensor.copy_(torch.randn(obj.tensor.shape))
-    return obj
-
-
-class Server:
-    """A real store on a port of its own, that can be killed and started again."""
-
-    def __init__(self, kind, size="64mb"):
-        self.kind, self.port, self.size = kind, free_ports(1)[0], size
-        self.url = f"{kind}://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        if self.kind == "lm":
-            # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
-            command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
-        elif self.kind == "nixl":
-            command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
-        elif self.kind == "shm":
-            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"]
-            command += ["127.0.0.1", str(self.port), "--size", self.size]
-        else:
-            command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(self.answers, f"{self.kind} store answers")
-
-    def answers(self):
-        assert self.process.poll() is None
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def stop(self):
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-
-REUSING_SERVER = """
-import socket, sys
-class Reusing(socket.socket):
-    def bind(self, address):
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        super().bind(address)
-import lmcache.v1.server.__main__ as server
-server.socket.socket = Reusing
-server.main()
-"""
-
-
-class Client:
-    def __init__(self, server, loop, **kwargs):
-        self.staging = Staging(**kwargs)
-        self.loop = loop
-        self.connector = kv_store.connect(server.url, loop, self.staging)
-
-    def __call__(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
-
-    def put(self, keys, objs):
-        self(self.connector.batched_put(keys, objs))
-
-    def get(self, keys):
-        return self(self.connector.batched_get(keys))
+from disagg_prefill_lmcache_v1.kv.stores import base, registry
 
 
 @pytest.fixture
@@ -204,7 +107,7 @@ def test_dead_store_fails_fast_and_a_restarted_one_is_used(client, server):
             client.get([name])
         with pytest.raises(Exception, match=r"KV store|Error|connect"):
             client(client.connector.ping())
-        assert time.monotonic() - begin < kv_store.IO_TIMEOUT_S
+        assert time.monotonic() - begin < base.IO_TIMEOUT_S
     finally:
         server.start()
 
@@ -221,12 +124,12 @@ def test_dead_store_fails_fast_and_a_restarted_one_is_used(client, server):
 
 
 def test_frozen_store_is_given_up(client, server, monkeypatch):
-    monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.3)
     client(client.connector.close())
-    client.connector = kv_store.connect(server.url, client.loop, client.staging)
+    client.connector = registry.connect(server.url, client.loop, client.staging)
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises((kv_store.StoreUnavailable, redis.TimeoutError), match=r"timed out|Timeout"):
+        with pytest.raises((base.StoreUnavailable, redis.TimeoutError), match=r"timed out|Timeout"):
             client(client.connector.ping())
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
@@ -234,14 +137,14 @@ def test_frozen_store_is_given_up(client, server, monkeypatch):
 
 def test_unreachable_store_is_refused_at_once_without_its_password(loop):
     port = free_ports(1)[0]
-    with pytest.raises(kv_store.StoreUnavailable, match=f"lm://127.0.0.1:{port}"):
-        kv_store.connect(f"lm://127.0.0.1:{port}", loop, Staging())
-    with pytest.raises(kv_store.StoreUnavailable, match=f"shm://127.0.0.1:{port}"):
-        kv_store.connect(f"shm://127.0.0.1:{port}", loop, Staging())
-    with pytest.raises(kv_store.StoreUnavailable) as error:
-        kv_store.connect(f"redis://:geheim@127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(base.StoreUnavailable, match=f"lm://127.0.0.1:{port}"):
+        registry.connect(f"lm://127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(base.StoreUnavailable, match=f"shm://127.0.0.1:{port}"):
+        registry.connect(f"shm://127.0.0.1:{port}", loop, Staging())
+    with pytest.raises(base.StoreUnavailable) as error:
+        registry.connect(f"redis://:geheim@127.0.0.1:{port}", loop, Staging())
     assert "geheim" not in str(error.value)
 
 
 def test_other_stores_are_left_to_lmcache(loop):
-    assert kv_store.connect("fs:///tmp/kv", loop, Staging()) is None
+    assert registry.connect("fs:///tmp/kv", loop, Staging()) is None

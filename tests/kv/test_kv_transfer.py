@@ -15,12 +15,12 @@ from launch_harness import wait_until
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
 
+from kv_stores import CHUNK, HEAD_SIZE, HEADS, LAYERS, Server, Staging
 from lmcache.utils import CacheEngineKey
-from test_kv_store import CHUNK, HEAD_SIZE, HEADS, LAYERS, Server, Staging
 
 from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
 from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
+from disagg_prefill_lmcache_v1.kv.stores import base, registry
 
 BLOCK = 8
 TOKENS = 3 * CHUNK + 5  # the last chunk is part-filled
@@ -109,7 +109,7 @@ class Side:
         self.loop = loop
         self.mover = make_mover()
         self.staging = staging or Staging()
-        self.client = client or kv_store.connect(url, loop, self.staging)
+        self.client = client or registry.connect(url, loop, self.staging)
         self.engine = Engine()
         self.on_the_way, self.ended = [], []
         copy = kv_transfer.HostCopy(self.mover)
@@ -312,7 +312,7 @@ def test_a_store_that_dies_while_loading(kind, loop):
 
 
 def test_a_frozen_store_costs_its_deadline_not_an_answer(loop, monkeypatch):
-    monkeypatch.setattr(kv_store, "IO_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 1.0)
     server = Server("lm")
     side = Side(server.url, loop)
     try:

@@ -296,7 +296,7 @@ def test_shm_backend(launch: Launch, size: str, status: int) -> None:
     done = launch.run(EXAMPLE, *launch.arguments("--backend=shm"), KV_SHM_SIZE=size, LMCACHE_REMOTE_URL="lm://other:1")
     assert done.returncode == status, done.stderr
     if status:
-        assert "kv_shm_server: --size 900000gb: " in done.stderr
+        assert "shm_server: --size 900000gb: " in done.stderr
         assert "MiB of memory are available" in done.stderr
         return
     for role in ("prefiller", "decoder"):

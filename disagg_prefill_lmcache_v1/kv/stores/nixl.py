@@ -4,7 +4,7 @@ There is no KV server. Each tensor parallel rank of the decode server (the recei
 on PORT plus its rank; the same rank of the prefill server (the sender) asks it for room, writes the chunk there (a UCX
 put: RDMA, a copy between the processes or TCP, whatever both have) and says when it is complete. Who may use which part
 of the memory is decided as in the store in shared memory: the messages, the index with its eviction and pins, and the
-receiver's own client are those of kv_shm_server.py and kv_shm.py. To LMCache both sides are a plugin
+receiver's own client are those of shm_server.py and shm.py. To LMCache both sides are a plugin
 (``remote_storage_plugins``).
 
 LMCache has a NIXL backend of its own (``enable_pd``). It is not used, because there a sender waits for ever, in the
@@ -15,15 +15,12 @@ before it is written; and of a prompt that is prefilled in several steps nobody 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 import mmap
 import os
 import socket
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -33,22 +30,15 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from disagg_prefill_lmcache_v1.kv.stores import store as kv_store
+from disagg_prefill_lmcache_v1.kv.stores import base
+from disagg_prefill_lmcache_v1.kv.stores.base import StoreRefused, StoreUnavailable, bytes_of, fits
+from disagg_prefill_lmcache_v1.kv.stores.client import StoreClient
+from disagg_prefill_lmcache_v1.kv.stores.link import Link, connect_tcp
+from disagg_prefill_lmcache_v1.kv.stores.nixl_agent import Agent
 from disagg_prefill_lmcache_v1.kv.stores.shm import ShmStoreConnector
-from disagg_prefill_lmcache_v1.kv.stores.shm_server import (
-    BUSY,
-    NO_ROOM,
-    VERSION,
-    Client,
-    Connection,
-    Segment,
-    Server,
-    available_memory,
-    exchange,
-    parse_size,
-    populate,
-)
-from disagg_prefill_lmcache_v1.kv.stores.store import StoreRefused, StoreUnavailable
+from disagg_prefill_lmcache_v1.kv.stores.shm_index import BUSY, NO_ROOM, Client
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import VERSION, Segment, available_memory, parse_size, populate
+from disagg_prefill_lmcache_v1.kv.stores.shm_server import Connection, Server, exchange
 
 logger = init_logger(__name__)
 
@@ -59,122 +49,13 @@ URL_VARIABLE, URL_KEY = "DISAGG_NIXL_URL", f"remote_storage_plugin.{PLUGIN}.url"
 SIZE_VARIABLE, SIZE_KEY = "KV_NIXL_SIZE", f"remote_storage_plugin.{PLUGIN}.size"
 ROLE_KEY = f"remote_storage_plugin.{PLUGIN}.role"
 
-# Where NIXL's Python interface is: its own package, or one build of it.
-MODULES = ("nixl._api", "nixl_cu12._api", "nixl_cu13._api")
 # Both servers start at the same time, and the sender is of no use before the receiver listens.
 PEER_START_S = 300.0
-_POLL_S = 50e-6  # between looks at a transfer that is on its way
 _BUSY_POLL_S = 2e-3  # while another sender is writing a chunk
 # UCX needs the receiver's hand for a new connection and for what is neither RDMA nor a direct copy between processes.
 # Its own thread for that takes half a core all the time; ours looks this often, while somebody sends.
 _PROGRESS_S = 200e-6
 _PROGRESS_AFTER_S = 0.2
-
-
-class Agent:
-    """A NIXL agent with a name of its own; any thread may use it.
-
-    Raises:
-        StoreUnavailable: NIXL is not installed, or UCX does not start.
-    """
-
-    def __init__(self) -> None:
-        self.name = f"disagg-{uuid.uuid4().hex}"
-        self._lock = threading.Lock()
-        self._regions: list[tuple[int, int]] = []
-        self._known: dict[bytes, str] = {}
-        try:
-            api = _nixl()
-            config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-            self._agent = api.nixl_agent(self.name, config)
-        except StoreUnavailable:
-            raise
-        except Exception as error:
-            raise StoreUnavailable(f"NIXL does not start: {error}") from error
-
-    def register(self, regions: Iterable[tuple[int, int]]) -> None:
-        """Make host memory, (address, bytes) each, known to the network."""
-        with self._lock:
-            for address, size in regions:
-                self._agent.register_memory([(address, size, 0, "")], "DRAM")
-                self._regions.append((address, size))
-
-    def metadata(self) -> bytes:
-        """What another agent needs to reach this one and the memory registered so far."""
-        with self._lock:
-            return self._agent.get_agent_metadata()
-
-    def meet(self, metadata: bytes) -> str:
-        """Get to know another agent; returns its name."""
-        with self._lock:
-            if metadata not in self._known:
-                for old in self._known.values():  # the one before a restart
-                    with contextlib.suppress(Exception):
-                        self._agent.remove_remote_agent(old)
-                self._known.clear()
-                name = self._agent.add_remote_agent(metadata)
-                self._known[metadata] = name.decode() if isinstance(name, bytes) else name
-            return self._known[metadata]
-
-    def progress(self) -> None:
-        """Do what other agents' transfers need of this side."""
-        with self._lock:
-            self._agent.update_notifs()
-
-    def move(self, operation: str, peer: str, parts: Sequence[tuple[int, int, int]]) -> None:
-        """Copy between here and ``peer``; returns when all bytes have arrived.
-
-        Args:
-            operation: "WRITE" or "READ".
-            parts: (address here, address there, bytes) of each.
-
-        Raises:
-            TimeoutError: not done in time; it may still go on.
-            ConnectionError: it has failed.
-        """
-        extra = [(here, size) for here, _, size in parts if not self._is_registered(here, size)]
-        registered = None
-        try:
-            with self._lock:
-                if extra:  # staging memory that LMCache has added since
-                    registered = self._agent.register_memory([(*each, 0, "") for each in extra], "DRAM")
-                here = self._agent.get_xfer_descs([(here, size, 0) for here, _, size in parts], "DRAM")
-                there = self._agent.get_xfer_descs([(there, size, 0) for _, there, size in parts], "DRAM")
-                handle = self._agent.initialize_xfer(operation, here, there, peer)
-                state = self._agent.transfer(handle)
-            deadline = time.monotonic() + kv_store.IO_TIMEOUT_S
-            while state not in ("DONE", "ERR"):
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-                time.sleep(_POLL_S)
-                with self._lock:
-                    state = self._agent.check_xfer_state(handle)
-            with self._lock:
-                self._agent.release_xfer_handle(handle)
-                if registered is not None:
-                    self._agent.deregister_memory(registered)
-        except TimeoutError:
-            raise
-        except Exception as error:
-            raise ConnectionError(f"NIXL: {error}") from error
-        if state == "ERR":
-            raise ConnectionError("NIXL: the transfer failed")
-
-    def _is_registered(self, address: int, size: int) -> bool:
-        return any(start <= address and address + size <= start + length for start, length in self._regions)
-
-
-def _nixl() -> Any:
-    for name in MODULES:
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            if not (error.name or "").startswith(name.partition(".")[0]):
-                raise StoreUnavailable(f"NIXL cannot be used: {error}") from error
-    raise StoreUnavailable("NIXL is not installed: pip install nixl, or choose another --backend")
-
-
-# The receiver
 
 
 class _ReceivingServer(Server):
@@ -205,7 +86,7 @@ class _ReceivingServer(Server):
         if since < _PROGRESS_AFTER_S:
             return False
         # a transfer that takes longer than its deadline is of no use to anybody
-        late = since > 2 * kv_store.IO_TIMEOUT_S
+        late = since > 2 * base.IO_TIMEOUT_S
         return late or not any(client.reserved or client.pins for client in tuple(self._senders))
 
 
@@ -281,7 +162,7 @@ class NixlReceiver(ShmStoreConnector):
 # The sender
 
 
-class _PeerLink(kv_store._Link):
+class _PeerLink(Link):
     """A connection to a receiver. What was reserved on it is freed when it closes."""
 
     def __init__(self, connected: socket.socket) -> None:
@@ -304,7 +185,7 @@ class _PeerLink(kv_store._Link):
             super().close()
 
 
-class NixlSender(kv_store.StoreClient):
+class NixlSender(StoreClient):
     """The prefill server's side. What it has sent it can also read back.
 
     Args:
@@ -334,7 +215,7 @@ class NixlSender(kv_store.StoreClient):
         next_report = begin + 5
         while True:
             try:
-                socket.create_connection(self._address, timeout=kv_store.CONNECT_TIMEOUT_S).close()
+                socket.create_connection(self._address, timeout=base.CONNECT_TIMEOUT_S).close()
                 return
             except OSError as error:
                 now = time.monotonic()
@@ -347,9 +228,7 @@ class NixlSender(kv_store.StoreClient):
             time.sleep(0.1)
 
     def connect(self) -> _PeerLink:
-        connected = socket.create_connection(self._address, timeout=kv_store.CONNECT_TIMEOUT_S)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = _PeerLink(connected)
+        link = _PeerLink(connect_tcp(self._address))
         try:
             hello = link.ask("hello", self._agent.name)
             if not isinstance(hello, dict) or hello.get("version") != VERSION or "agent" not in hello:
@@ -370,7 +249,7 @@ class NixlSender(kv_store.StoreClient):
     def put_all(self, link: _PeerLink, keys: Sequence[CacheEngineKey], objs: Sequence[MemoryObj]) -> None:
         names = [key.to_string() for key in keys]
         wanted = [
-            [name, len(kv_store._bytes_of(obj)), [[*obj.get_shape()], _name_of(obj.get_dtype()), self.meta_fmt.value]]
+            [name, len(bytes_of(obj)), [[*obj.get_shape()], _name_of(obj.get_dtype()), self.meta_fmt.value]]
             for name, obj in zip(names, objs, strict=True)
         ]
         answers = link.ask("reserve", wanted)
@@ -391,7 +270,7 @@ class NixlSender(kv_store.StoreClient):
 
     def _await_others(self, link: _PeerLink, names: list[str]) -> None:
         """Another sender is writing one of them."""
-        deadline = time.monotonic() + kv_store.IO_TIMEOUT_S
+        deadline = time.monotonic() + base.IO_TIMEOUT_S
         while link.ask("exists", names)[1]:
             if time.monotonic() > deadline:
                 raise TimeoutError("another prefill server does not end writing a chunk")
@@ -404,7 +283,7 @@ class NixlSender(kv_store.StoreClient):
             return None
         offset, length, (dims, dtype_name, fmt) = found
         shape, dtype = torch.Size(dims), getattr(torch, dtype_name, None)
-        if fmt != self.meta_fmt.value or not kv_store.fits(self, shape, dtype, self.meta_fmt, length):
+        if fmt != self.meta_fmt.value or not fits(self, shape, dtype, self.meta_fmt, length):
             logger.warning("Chunk %s not taken: foreign shape %s", name, shape)
             link.ask("release", [name])
             return None
@@ -422,7 +301,7 @@ class NixlSender(kv_store.StoreClient):
         return obj
 
     def count_on(self, link: _PeerLink, keys: Sequence[CacheEngineKey]) -> int:
-        deadline = time.monotonic() + kv_store.IO_TIMEOUT_S
+        deadline = time.monotonic() + base.IO_TIMEOUT_S
         names = [key.to_string() for key in keys]
         while True:
             count, busy = link.ask("exists", names)

@@ -1,0 +1,114 @@
+"""Real KV stores in processes of their own, and clients of them, for the tests of kv/."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch_harness import REPOSITORY, free_ports, wait_until
+
+pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
+
+from lmcache.utils import CacheEngineKey
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.memory_allocators.ad_hoc_memory_allocator import AdHocMemoryAllocator
+from lmcache.v1.memory_management import MemoryFormat
+from lmcache.v1.metadata import LMCacheMetadata
+
+from disagg_prefill_lmcache_v1.kv.stores import registry
+
+LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
+
+
+class Staging:
+    """What a client needs of LMCache's LocalCPUBackend; counts chunks that were not given back."""
+
+    def __init__(self, kv_heads=HEADS):
+        self.config = LMCacheEngineConfig.from_defaults(chunk_size=CHUNK)
+        self.metadata = LMCacheMetadata(
+            "model", 1, 1, 0, 0, torch.float32, (LAYERS, 2, CHUNK, kv_heads, HEAD_SIZE), chunk_size=CHUNK
+        )
+        self._allocator = AdHocMemoryAllocator("cpu")
+        self.taken = []
+
+    def allocate(self, shape, dtype, fmt, **kwargs):
+        shape, dtype = (x[0] if isinstance(x, list) else x for x in (shape, dtype))
+        obj = self._allocator.allocate(shape, dtype, fmt)
+        self.taken.append(obj)
+        return obj
+
+
+def key(name):
+    return CacheEngineKey("model", 1, 0, abs(hash(name)), torch.float32)
+
+
+def chunk(staging, tokens=CHUNK):
+    obj = staging.allocate(torch.Size((2, LAYERS, tokens, HEADS * HEAD_SIZE)), torch.float32, MemoryFormat.KV_2LTD)
+    obj.tensor.copy_(torch.randn(obj.tensor.shape))
+    return obj
+
+
+class Server:
+    """A real store on a port of its own, that can be killed and started again."""
+
+    def __init__(self, kind, size="64mb"):
+        self.kind, self.port, self.size = kind, free_ports(1)[0], size
+        self.url = f"{kind}://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        if self.kind == "lm":
+            # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
+            command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
+        elif self.kind == "nixl":
+            command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
+        elif self.kind == "shm":
+            command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"]
+            command += ["127.0.0.1", str(self.port), "--size", self.size]
+        else:
+            command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(self.answers, f"{self.kind} store answers")
+
+    def answers(self):
+        assert self.process.poll() is None
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+
+REUSING_SERVER = """
+import socket, sys
+class Reusing(socket.socket):
+    def bind(self, address):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)
+import lmcache.v1.server.__main__ as server
+server.socket.socket = Reusing
+server.main()
+"""
+
+
+class Client:
+    def __init__(self, server, loop, **kwargs):
+        self.staging = Staging(**kwargs)
+        self.loop = loop
+        self.connector = registry.connect(server.url, loop, self.staging)
+
+    def __call__(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def put(self, keys, objs):
+        self(self.connector.batched_put(keys, objs))
+
+    def get(self, keys):
+        return self(self.connector.batched_get(keys))
