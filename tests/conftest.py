@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,3 +32,13 @@ def server(request):
     server = Server(request.param)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than they bring on a busy machine."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

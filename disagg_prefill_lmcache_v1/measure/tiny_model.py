@@ -1,10 +1,10 @@
 """Builds a small Llama model locally: no download, the same bytes on every run, done in seconds.
 
-    python -m disagg_prefill_lmcache_v1.measure.tiny_model [--output DIR]
+    python -m disagg_prefill_lmcache_v1.measure.tiny_model [--weights random|recall] [--output DIR]
 
-The weights are random, and chosen so that greedy output depends on every entry of the KV cache: a wrong, missing
-or misplaced entry shows as different tokens. The output layer can only choose printable text tokens, so an answer
-never ends early and every token is a visible chunk of a stream.
+random: chosen so that greedy output depends on every entry of the KV cache: a wrong, missing or misplaced entry shows
+as different tokens. The output layer can only choose printable text tokens, so an answer never ends early and every
+token is a visible chunk of a stream. Its near ties make it useless in bfloat16: recall is for that (recall_model.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from disagg_prefill_lmcache_v1.measure import recall_model
+
 # Raise this whenever a build would give other bytes: directories built by older versions are then built again.
 VERSION = "2"
 MARKER = ".tiny-model.json"
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / ".models" / "tiny-llama"
+MODELS = Path(__file__).resolve().parents[2] / ".models"
+NAMES = {"random": "tiny-llama", "recall": "tiny-recall"}  # weights -> name of the directory
+DEFAULT_OUTPUT = MODELS / NAMES["random"]
 
 SEED = 20260801
 VOCAB_SIZE = 1024
@@ -106,7 +110,7 @@ def _write_tokenizer(directory: Path) -> list[int]:
     return [token for token, text in enumerate(texts) if text and text.isascii() and text.isprintable()]
 
 
-def _write_configs(directory: Path) -> None:
+def _write_configs(directory: Path, rope_theta: float) -> None:
     """Writes what transformers and vLLM read beside tokenizer and weights."""
     bos_id, eos_id = SPECIAL_TOKENS.index(BOS), SPECIAL_TOKENS.index(EOS)  # the trainer gives them the first ids
     _write_json(
@@ -142,7 +146,7 @@ def _write_configs(directory: Path) -> None:
             "max_position_embeddings": MAX_POSITIONS,
             "initializer_range": INITIALIZER_RANGE,
             "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
+            "rope_theta": rope_theta,
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": False,
@@ -155,10 +159,10 @@ def _write_configs(directory: Path) -> None:
     )
 
 
-def _write_weights(directory: Path, printable: list[int]) -> None:
+def _random_weights(printable: list[int]) -> dict[str, Any]:
+    """All weights by name, bfloat16."""
     import numpy as np
     import torch
-    from safetensors.torch import save_file
 
     # NumPy's generator gives the same numbers on every machine; torch's depends on the instruction set.
     rng = np.random.Generator(np.random.PCG64(SEED))
@@ -187,23 +191,38 @@ def _write_weights(directory: Path, printable: list[int]) -> None:
     lm_head = torch.zeros(VOCAB_SIZE, HIDDEN_SIZE, dtype=torch.bfloat16)
     lm_head[printable] = normal(len(printable), HIDDEN_SIZE)
     tensors["lm_head.weight"] = lm_head
+    return tensors
+
+
+def _recall_weights() -> dict[str, Any]:
+    """All weights by name, bfloat16."""
+    import numpy as np
+    import torch
+
+    arrays = recall_model.tensors(VOCAB_SIZE, INTERMEDIATE_SIZE, np.random.Generator(np.random.PCG64(SEED)))
+    return {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in arrays.items()}
+
+
+def _write_weights(directory: Path, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
     path = directory / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # written readable by its owner only
 
 
-def is_built(directory: Path) -> bool:
+def is_built(directory: Path, weights: str = "random") -> bool:
     """True when `directory` holds a complete build of this version (file sizes are compared, not contents)."""
     try:
         marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
-        return marker["version"] == VERSION and all(
+        return (marker["version"], marker.get("weights", "random")) == (VERSION, weights) and all(
             (directory / name).stat().st_size == size for name, size in marker["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def build(directory: Path = DEFAULT_OUTPUT) -> bool:
+def build(directory: Path = DEFAULT_OUTPUT, weights: str = "random") -> bool:
     """Makes `directory` hold the model; returns False when it already did.
 
     The build happens in a temporary directory beside it and is renamed into place, so an interrupted or a
@@ -213,7 +232,7 @@ def build(directory: Path = DEFAULT_OUTPUT) -> bool:
         BuildError: `directory` holds something that was not built by this module, or cannot be written.
     """
     directory = directory.absolute()
-    if is_built(directory):
+    if is_built(directory, weights):
         return False
     if directory.exists() and not (
         directory.is_dir() and ((directory / MARKER).exists() or not any(directory.iterdir()))
@@ -226,18 +245,19 @@ def build(directory: Path = DEFAULT_OUTPUT) -> bool:
         raise BuildError(f"cannot write beside {directory}: {error.strerror}") from error
     try:
         temporary.chmod(0o755)
-        _write_weights(temporary, _write_tokenizer(temporary))
-        _write_configs(temporary)
+        printable = _write_tokenizer(temporary)
+        _write_weights(temporary, _random_weights(printable) if weights == "random" else _recall_weights())
+        _write_configs(temporary, 10000.0 if weights == "random" else recall_model.ROPE_THETA)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        _write_json(temporary / MARKER, {"version": VERSION, "files": sizes})
-        if is_built(directory):  # a concurrent build was faster
+        _write_json(temporary / MARKER, {"version": VERSION, "weights": weights, "files": sizes})
+        if is_built(directory, weights):  # a concurrent build was faster
             return False
         if directory.exists():  # empty, or an older build
             os.rename(directory, temporary / "replaced")
         try:
             os.rename(temporary, directory)
         except OSError:
-            if not is_built(directory):  # a concurrent build again
+            if not is_built(directory, weights):  # a concurrent build again
                 raise
         shutil.rmtree(directory / "replaced", ignore_errors=True)
     except OSError as error:
@@ -249,16 +269,18 @@ def build(directory: Path = DEFAULT_OUTPUT) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tiny_model", description="Build a small random Llama model for machines without an accelerator."
+        prog="tiny_model", description="Build a small Llama model for machines without an accelerator."
     )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="directory (default: %(default)s)")
+    parser.add_argument("--weights", choices=tuple(NAMES), default="random", help="what it does (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"directory (default: {MODELS}/, {' or '.join(NAMES.values())})")
     options = parser.parse_args(arguments)
+    output = options.output or MODELS / NAMES[options.weights]
     try:
-        built = build(options.output)
+        built = build(output, options.weights)
     except BuildError as error:
         print(f"tiny_model: {error}", file=sys.stderr)
         return 1
-    print(f"{options.output}: {'built' if built else 'already there'}")
+    print(f"{output}: {'built' if built else 'already there'}")
     return 0
 
 

@@ -9,10 +9,10 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plain_llama import PlainLlama
 
 from disagg_prefill_lmcache_v1.measure import tiny_model
 
@@ -145,68 +145,6 @@ def test_the_chat_template_and_the_tokenizer(model: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
     for special in tiny_model.SPECIAL_TOKENS:
         assert len(tokenizer.encode(special, add_special_tokens=False).ids) == 1
-
-
-class PlainLlama:
-    """The model in a few lines of torch: a batch of sequences with a KV cache each."""
-
-    def __init__(self, directory: Path) -> None:
-        from safetensors.torch import load_file
-
-        self.weights = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
-
-    def linear(self, x, layer: int, name: str):
-        return x @ self.weights[f"model.layers.{layer}.{name}_proj.weight"].T
-
-    def heads(self, x, count: int, positions):
-        import torch
-
-        x = x.unflatten(-1, (count, tiny_model.HEAD_SIZE)).transpose(1, 2)
-        if positions is None:
-            return x
-        exponents = torch.arange(0, tiny_model.HEAD_SIZE, 2) / tiny_model.HEAD_SIZE
-        angles = (positions[:, None] * 10000.0**-exponents).repeat(1, 2)
-        left, right = x.chunk(2, dim=-1)
-        return x * angles.cos() + torch.cat([-right, left], dim=-1) * angles.sin()
-
-    def forward(self, tokens, begin: int, cache: list):
-        """Logits for `tokens` (batch, length) at positions from `begin`; `cache` gets their K and V."""
-        import torch
-        from torch.nn import functional
-
-        positions = torch.arange(begin, begin + tokens.shape[1])
-        norm = lambda x: functional.rms_norm(x, x.shape[-1:], eps=1e-5)  # noqa: E731
-        x = self.weights["model.embed_tokens.weight"][tokens]
-        for layer in range(tiny_model.LAYERS):
-            hidden = norm(x)
-            query = self.heads(self.linear(hidden, layer, "self_attn.q"), tiny_model.ATTENTION_HEADS, positions)
-            key = self.heads(self.linear(hidden, layer, "self_attn.k"), tiny_model.KV_HEADS, positions)
-            value = self.heads(self.linear(hidden, layer, "self_attn.v"), tiny_model.KV_HEADS, None)
-            if len(cache) > layer:
-                key, value = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (key, value), strict=True))
-                cache[layer] = (key, value)
-            else:
-                cache.append((key, value))
-            group = tiny_model.ATTENTION_HEADS // tiny_model.KV_HEADS
-            mask = torch.arange(key.shape[2]) <= positions[:, None]
-            mixed = functional.scaled_dot_product_attention(
-                query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), attn_mask=mask
-            )
-            x = x + self.linear(mixed.transpose(1, 2).flatten(2), layer, "self_attn.o")
-            hidden = norm(x)
-            gate = functional.silu(self.linear(hidden, layer, "mlp.gate"))
-            x = x + self.linear(gate * self.linear(hidden, layer, "mlp.up"), layer, "mlp.down")
-        return norm(x) @ self.weights["lm_head.weight"].T
-
-
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than they bring on a busy machine."""
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_torch_thread")
