@@ -83,9 +83,16 @@ def probe_prompts(settings: Settings, target: Target, rng: random.Random) -> lis
     def tokens(count: int) -> list[int]:
         return rng.choices(target.token_ids, k=count)
 
-    prompts: list[tuple[str, Any]] = [(f"{size} tokens", tokens(size)) for size in PROBE_SIZES if size <= room]
+    def asking(prompt: list[int]) -> list[int]:
+        """The prompt, ending with two tokens that stand in it before: what tiny-recall looks up."""
+        if len(prompt) > 4:
+            place = rng.randrange(2, len(prompt) - 1)
+            prompt[-2:] = prompt[place - 2 : place]
+        return prompt
+
+    prompts: list[tuple[str, Any]] = [(f"{size} tokens", asking(tokens(size))) for size in PROBE_SIZES if size <= room]
     prefix = tokens(min(PROBE_SHARED_PREFIX, max(room - 20, 1)))
-    prompts += [(f"shared prefix {tail}", (prefix + tokens(tail))[:room]) for tail in (1, 7, 20)]
+    prompts += [(f"shared prefix {tail}", asking((prefix + tokens(tail))[:room])) for tail in (1, 7, 20)]
     prompts += [(f"{name}, repeated", prompt) for name, prompt in prompts if name in ("17 tokens", "300 tokens")]
     out = [ProbePrompt(name, {"prompt": prompt, "logprobs": TOP_LOGPROBS}) for name, prompt in prompts]
     chat_logprobs = {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
