@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, error_body
-from disagg_prefill_lmcache_v1.proxy.headers import answer_lines, own_lines
+from disagg_prefill_lmcache_v1.proxy.header_fields import answer_lines, own_lines
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.upstream import Response
 

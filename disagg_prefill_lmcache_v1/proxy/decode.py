@@ -7,7 +7,7 @@ import time
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on
 from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
-from disagg_prefill_lmcache_v1.proxy.headers import answer_lines
+from disagg_prefill_lmcache_v1.proxy.header_fields import answer_lines
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, Pool, Upstream
 from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay

@@ -16,7 +16,7 @@ from disagg_prefill_lmcache_v1.proxy.answers import pass_on, send_error
 from disagg_prefill_lmcache_v1.proxy.client import BodyTooLong, BodyTooSlow, ClientRequest
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
-from disagg_prefill_lmcache_v1.proxy.headers import PREFLIGHT, RequestHeaders, cors_lines, own_lines
+from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHeaders, cors_lines, own_lines
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
