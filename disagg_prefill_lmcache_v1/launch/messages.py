@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from disagg_prefill_lmcache_v1.launch import logs
+
 FIRST_LINE_S = 5.0  # where there is no terminal: of a wait
 NEXT_LINE_S = 10.0
 
@@ -27,6 +29,7 @@ class Failure(Exception):
     def __init__(self, message: str, log: Path | None = None) -> None:
         super().__init__(message)
         self.log = log
+        self.told = False
 
 
 class UsageError(Failure):
@@ -77,7 +80,13 @@ class Console:
             self._write("\n")
 
     def report(self, failure: Failure) -> None:
-        """The cause of a failure in one line."""
+        """What the log tells, then the failure in one line. Only the first time."""
+        if failure.told:
+            return
+        failure.told = True
+        for line in logs.explain(failure.log) if failure.log else ():
+            text = mask_passwords(line)
+            self.line(text if text.startswith(" ") else f"[{self.name}] {text}")
         text = mask_passwords(str(failure))
         if isinstance(failure, UsageError):
             self.info(f"usage: {text} (see --help)")
@@ -133,8 +142,8 @@ class Progress:
         CONSOLE.end_live()
 
 
-def exit_status(main: Callable[[], int | None], explain: Callable[[Failure], None] = lambda _: None) -> int:
-    """The exit status of ``main``; a failure is told in one line, after ``explain`` has told more about it."""
+def exit_status(main: Callable[[], int | None]) -> int:
+    """The exit status of ``main``, whose failure is told unless that was done already."""
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -152,6 +161,5 @@ def exit_status(main: Callable[[], int | None], explain: Callable[[Failure], Non
     except OSError as error:
         failed = Failure(str(error))
     with contextlib.suppress(BrokenPipeError):
-        explain(failed)
         CONSOLE.report(failed)
     return failed.status

@@ -83,10 +83,25 @@ def test_the_exit_status_of_a_main_function(
             raise raised
         return 0
 
-    explained: list[Failure] = []
-    assert exit_status(main, explained.append) == status
+    assert exit_status(main) == status
     assert capsys.readouterr().err == line
-    assert len(explained) == bool(line)
+
+
+def test_a_failure_is_told_once_with_what_its_log_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "decoder.log"
+    log.write_text("begin\nValueError: redis://u:s3cret@h:1 does not answer\nend\n")
+    failure = Failure("decoder died", log)
+    Console().report(failure)
+    Console().report(failure)
+    assert capsys.readouterr().err.splitlines() == [
+        f"[disagg] cause, from {log}:",
+        "    ValueError: redis://u:***@h:1 does not answer",
+        f"[disagg] last lines of {log}:",
+        "    begin",
+        "    ValueError: redis://u:***@h:1 does not answer",
+        "    end",
+        f"[disagg] error: decoder died (log: {log})",
+    ]
 
 
 @pytest.mark.parametrize("statement", ["print('a' * 100_000)", "messages.info('text')"])

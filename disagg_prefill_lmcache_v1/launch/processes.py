@@ -1,0 +1,148 @@
+"""The operating system's side of supervision: starting processes that can be found again, seeing which live, signals.
+
+A process of a stack is found by its process group, or, where it or a child of it has left that, by a mark in its
+environment. A child that is started here ends with this process, even when that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from disagg_prefill_lmcache_v1.launch import ports
+from disagg_prefill_lmcache_v1.launch.messages import Failure
+
+MARK = "DISAGG_STACK_ID"
+ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A row of the process table."""
+
+    pid: int
+    parent: int
+    group: int
+
+    def title(self) -> str:
+        """Its words, "" once it has ended."""
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
+            return b" ".join(words).decode(errors="replace").strip()
+        return ""
+
+    @property
+    def is_tracker(self) -> bool:
+        """Python's resource tracker: it frees the shared memory of a process that was killed, and ends by itself."""
+        return "multiprocessing.resource_tracker" in self.title()
+
+
+def living() -> Iterator[Process]:
+    """All processes but zombies: in a container nothing may ever collect those."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):
+                stat = Path(entry.path, "stat").read_text(errors="replace")
+                state, parent, group = stat.rpartition(")")[2].split()[:3]
+                if state not in "ZX":
+                    yield Process(int(entry.name), int(parent), int(group))
+
+
+class Machine:
+    """What a supervisor needs of the machine; ``mark`` is unique to it and stands in each child's environment."""
+
+    def __init__(self) -> None:
+        self.mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+
+    now = staticmethod(time.monotonic)
+    pause = staticmethod(time.sleep)
+
+    def start(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path | None,
+        *,
+        stdin: int = subprocess.DEVNULL,
+        pass_fds: Collection[int] = (),
+    ) -> subprocess.Popen[bytes]:
+        """A process in a session of its own (Ctrl-C is for the launcher, which ends all in order).
+
+        ``environment`` is all that it gets, but for the mark. ``log`` None: its output goes where this one's goes.
+
+        Raises:
+            Failure: there is no such program, or no such directory for the log.
+        """
+        outer = environment.get(MARK)
+        environment = {
+            **environment,
+            MARK: f"{outer},{self.mark}" if outer else self.mark,
+            "SPT_NOENV": "1",  # keeps setproctitle from overwriting the environment, where the mark is looked for
+        }
+        with contextlib.ExitStack() as stack:
+            try:
+                output = stack.enter_context(log.open("wb")) if log else None
+                return subprocess.Popen(
+                    words,
+                    env=environment,
+                    stdin=stdin,
+                    stdout=output,
+                    stderr=subprocess.STDOUT if log else None,
+                    pass_fds=tuple(pass_fds),
+                    start_new_session=True,
+                    preexec_fn=_end_with(os.getpid()),
+                )
+            except OSError as error:
+                raise Failure(f"cannot start {words[0]}: {error.strerror} ({error.filename})") from error
+
+    def members(self, groups: Collection[int]) -> list[Process]:
+        """The living processes of these groups, and those with the mark."""
+        return [row for row in living() if row.group in groups or self._is_marked(row.pid)]
+
+    def _is_marked(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        return False
+
+    def signal(self, pid: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+    def answers(self, port: int, path: str) -> bool:
+        """Whether a server answers (with 200 to a GET of ``path``, or at all where that is empty)."""
+        return ports.http_answers(port, path) if path else ports.tcp_answers(port)
+
+    def is_ours(self, port: int, pid: int) -> bool:
+        """Whether the port's server is this child or another process of the stack."""
+        return ports.port_is_ours(port, [pid, *(row.pid for row in self.members({pid}))])
+
+    @contextlib.contextmanager
+    def ending_signals(self, notice: Callable[[int], None]) -> Iterator[None]:
+        """Calls ``notice`` for each signal that asks this process to end, even one that it was started to ignore."""
+        before = {number: signal.signal(number, lambda number, _: notice(number)) for number in ENDING_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """For the child, before it becomes another program."""
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it has ended meanwhile
+            os._exit(1)
+
+    return prepare
