@@ -13,7 +13,7 @@ import aiohttp
 from disagg_prefill_lmcache_v1.measure.completion_client import complete
 from disagg_prefill_lmcache_v1.measure.progress import with_progress
 from disagg_prefill_lmcache_v1.measure.settings import Settings
-from disagg_prefill_lmcache_v1.measure.target import counted, decoder_counters
+from disagg_prefill_lmcache_v1.measure.target import counted_since, decoder_counters
 from disagg_prefill_lmcache_v1.measure.types import Answer, LoadResult, Target
 
 
@@ -71,5 +71,5 @@ async def load(session: aiohttp.ClientSession, settings: Settings, target: Targe
     requests = (one(body, start) for body, start in zip(bodies[settings.warm_up :], starts, strict=True))
     await with_progress(asyncio.gather(*requests), status)
     result.duration_s = time.perf_counter() - begin
-    result.decoder = counted(before, await decoder_counters(session, settings))
+    result.decoder = await counted_since(session, settings, before)
     return result

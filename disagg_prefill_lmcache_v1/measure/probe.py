@@ -13,7 +13,7 @@ import aiohttp
 from disagg_prefill_lmcache_v1.measure.completion_client import complete
 from disagg_prefill_lmcache_v1.measure.progress import with_progress
 from disagg_prefill_lmcache_v1.measure.settings import Settings
-from disagg_prefill_lmcache_v1.measure.target import counted, decoder_counters, random_words, without_reuse
+from disagg_prefill_lmcache_v1.measure.target import counted_since, decoder_counters, random_words, without_reuse
 from disagg_prefill_lmcache_v1.measure.types import Answer, ProbeResult, Target
 
 # Sizes around the borders of KV blocks (16 to 128 tokens), of LMCache's chunks (256) and of a prefill step (2,048).
@@ -161,5 +161,5 @@ async def probe(session: aiohttp.ClientSession, settings: Settings, target: Targ
     begin = time.perf_counter()
     await with_progress(run(), lambda: f"probe: {done} of {2 * len(prompts)} answers, {len(result.errors)} errors")
     result.duration_s = time.perf_counter() - begin
-    result.decoder = counted(before, await decoder_counters(session, settings))
+    result.decoder = await counted_since(session, settings, before)
     return result

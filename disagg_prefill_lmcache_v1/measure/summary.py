@@ -10,6 +10,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,34 @@ def _package_version(*names: str) -> str | None:
     return None
 
 
-def _reuse(answers: Iterable[Answer], by_choice: float) -> tuple[int, int, float | None, int]:
-    """Prompt tokens, reused tokens, their part of the reusable ones (None without any), fully reused requests.
+@dataclass(frozen=True)
+class _Reuse:
+    """Prompt tokens and what became of them, for the complete answers of the load or of the probe."""
 
-    Args:
-        by_choice: tokens that the decoder could have loaded and chose to compute; they do not count as reusable.
-    """
+    prompt_tokens: int
+    cached_tokens: int  # as vLLM counts them
+    reused_tokens: int  # those of them that were loaded
+    ratio: float | None  # of the reusable ones; None without any
+    full_requests: int
+    not_loaded_tokens: int | None  # None: the decoder does not tell
+
+
+def _reuse(answers: Iterable[Answer], told: dict[str, float]) -> _Reuse:
+    """Tokens that the decoder could have loaded and chose to compute do not count as reusable."""
     complete_ones = [answer for answer in answers if answer.error is None]
     reusable = sum(answer.reusable_tokens for answer in complete_ones)
-    reused = sum(answer.reused_tokens for answer in complete_ones)
+    cached = sum(answer.reused_tokens for answer in complete_ones)
     full = sum(answer.reused_tokens >= answer.reusable_tokens for answer in complete_ones)
+    missing = _whole(told.get("not_loaded_tokens"))
+    reused = max(cached - (missing or 0), 0)
+    if missing and complete_ones:  # which requests they belong to is not known: as few as it can be
+        longest = max(answer.reusable_tokens for answer in complete_ones)
+        full = max(full - math.ceil(missing / max(longest, 1)), 0)
+    reusable = max(reusable - round(told.get("recomputed_tokens", 0)), reused)
     # Rounded down: a ratio of 1.0 in the summary means that nothing was missing.
-    reusable = max(reusable - round(by_choice), reused)
     ratio = math.floor(reused / reusable * 10000) / 10000 if reusable else None
-    return sum(answer.prompt_tokens for answer in complete_ones), reused, ratio, full
+    prompt_tokens = sum(answer.prompt_tokens for answer in complete_ones)
+    return _Reuse(prompt_tokens, cached, reused, ratio, full, missing)
 
 
 def summarise(
@@ -73,14 +88,16 @@ def summarise(
     """The content of summary.json. `errors` counts failed requests of the load and of the probe."""
     answers = load_result.answers
     complete_ones = [answer for answer in answers if answer.error is None]
-    prompt_tokens, reused, ratio, full = _reuse(answers, load_result.decoder.get("recomputed_tokens", 0))
+    reuse = _reuse(answers, load_result.decoder)
     return {
         "requests": len(answers),
         "errors": len(answers) - len(complete_ones) + len(probe_result.errors),
-        "prompt_tokens": prompt_tokens,
-        "reused_tokens": reused,
-        "reuse_ratio": ratio,
-        "full_reuse_requests": full,
+        "prompt_tokens": reuse.prompt_tokens,
+        "cached_tokens": reuse.cached_tokens,
+        "reused_tokens": reuse.reused_tokens,
+        "reuse_ratio": reuse.ratio,
+        "full_reuse_requests": reuse.full_requests,
+        "not_loaded_tokens": reuse.not_loaded_tokens,
         "output_tokens": sum(answer.completion_tokens for answer in complete_ones),
         "duration_s": round(load_result.duration_s, 3),
         **_latencies(complete_ones),
@@ -141,14 +158,16 @@ def _decoder_counts(told: dict[str, float]) -> dict[str, float | None]:
 
 
 def _probe_part(settings: Settings, result: ProbeResult) -> dict[str, Any]:
-    prompt_tokens, reused, ratio, _ = _reuse(result.answers, result.decoder.get("recomputed_tokens", 0))
+    reuse = _reuse(result.answers, result.decoder)
     return {
         "outputs_match": result.outputs_match,
         "probe_prompts": result.prompts,
         "probe_compared": result.compared,
-        "probe_prompt_tokens": prompt_tokens,
-        "probe_reused_tokens": reused,
-        "probe_reuse_ratio": ratio,
+        "probe_prompt_tokens": reuse.prompt_tokens,
+        "probe_cached_tokens": reuse.cached_tokens,
+        "probe_reused_tokens": reuse.reused_tokens,
+        "probe_reuse_ratio": reuse.ratio,
+        "probe_not_loaded_tokens": reuse.not_loaded_tokens,
         "probe_kv_load_requests": _whole(result.decoder.get("load_requests")),
         "probe_kv_recompute_requests": _whole(result.decoder.get("recompute_requests")),
         "probe_duration_s": round(result.duration_s, 3),
@@ -179,10 +198,11 @@ def find_failures(
     complete_ones = [*(answer for answer in answers if answer.error is None), *probe_result.answers]
     if complete_ones and all(answer.cached_tokens is None for answer in complete_ones):
         lines.append("the decoder does not tell reused tokens: start it with --enable-prompt-tokens-details")
-    for key, what in (("reuse_ratio", "load"), ("probe_reuse_ratio", "probe")):
-        ratio = summary[key]
+    for prefix, what in (("", "load"), ("probe_", "probe")):
+        ratio, missing = summary[f"{prefix}reuse_ratio"], summary[f"{prefix}not_loaded_tokens"]
         if settings.kv_load != "never" and ratio is not None and ratio < settings.min_reuse_ratio:
-            lines.append(f"{what}: reuse ratio {ratio:g} is below --min-reuse-ratio {settings.min_reuse_ratio:g}")
+            line = f"{what}: reuse ratio {ratio:g} is below --min-reuse-ratio {settings.min_reuse_ratio:g}"
+            lines.append(line + (f": {missing:,} tokens that vLLM counts as cached were not loaded" if missing else ""))
     return lines
 
 
@@ -198,8 +218,12 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
     def both(prefix: str, unit: str = " ms") -> str:
         return f"{value(f'{prefix}_p50')} / {value(f'{prefix}_p99')}{unit}"
 
-    def ratio(key: str) -> str:
-        return "-" if summary[key] is None else f"{summary[key]:.2%}"
+    def reused(prefix: str = "") -> str:
+        ratio = summary[f"{prefix}reuse_ratio"]
+        text = f"{value(f'{prefix}reused_tokens')} ({'-' if ratio is None else f'{ratio:.2%}'} of those reusable)"
+        if summary[f"{prefix}not_loaded_tokens"]:
+            text += f"; vLLM counts {value(f'{prefix}cached_tokens')} as cached"
+        return text
 
     def chosen(prefix: str = "") -> str:
         loads, recomputes = summary[f"{prefix}kv_load_requests"], summary[f"{prefix}kv_recompute_requests"]
@@ -226,12 +250,12 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
         ("ITL, median / p99", both("itl_ms")),
         ("KV wait, median / p99", f"{both('kv_wait_ms')}, {value('kv_wait_timeouts')} timeouts"),
         ("prompt tokens", value("prompt_tokens")),
-        ("reused tokens", f"{value('reused_tokens')} ({ratio('reuse_ratio')} of those reusable)"),
+        ("reused tokens", reused()),
         ("fully reused", f"{value('full_reuse_requests')} of {value('requests')} requests"),
         (f"KV load {summary['kv_load']}", chosen()),
         ("loaded", took("kv_loaded_tokens", "kv_load_s", "kv_load_tokens_per_s")),
         ("computed", computed),
-        ("probe, reused tokens", f"{value('probe_reused_tokens')} ({ratio('probe_reuse_ratio')} of those reusable)"),
+        ("probe, reused tokens", reused("probe_")),
         ("probe, KV load", chosen("probe_")),
         ("outputs match", f"{match}: {value('probe_compared')} prompts compared, {value('near_ties')} near ties"),
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
+import time
 import uuid
 from typing import Any
 
@@ -24,6 +26,8 @@ DECODER_COUNTERS = {
     "compute_tokens": ("disagg_kv_compute_tokens_total", ""),
     "compute_s": ("disagg_kv_compute_seconds_total", ""),
 }
+MEASURED_BY_WORKERS = ("loaded_tokens", "load_s", "compute_tokens", "compute_s")
+WORKERS_REPORT_S = 3.0
 CALIBRATION_SHORT = 256  # tokens
 
 
@@ -82,9 +86,25 @@ async def decoder_counters(session: aiohttp.ClientSession, settings: Settings) -
         return {}
 
 
-def counted(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What was counted in between, of the counters that were told both times."""
-    return {name: after[name] - before[name] for name in before if name in after}
+async def counted_since(
+    session: aiohttp.ClientSession, settings: Settings, before: dict[str, float]
+) -> dict[str, float]:
+    """What the decoder has counted since `before`, of the counters that it told both times.
+
+    `not_loaded_tokens`, where it can be known, are those that vLLM counts as cached because the store had them, and
+    that no worker has reported as loaded: they were computed. vLLM counts when it schedules a load and does not take
+    back what failed. Workers report a step later, which is waited for.
+    """
+    deadline = time.monotonic() + WORKERS_REPORT_S
+    while True:
+        after = await decoder_counters(session, settings)
+        counts = {name: after[name] - before[name] for name in before if name in after}
+        # On some devices vLLM hands on nothing of what workers measure: their counters stay 0 whatever happens.
+        if "external_hits" in counts and any(after.get(name) for name in MEASURED_BY_WORKERS):
+            counts["not_loaded_tokens"] = max(counts["external_hits"] - counts.get("loaded_tokens", 0), 0)
+        if not counts.get("not_loaded_tokens") or time.monotonic() > deadline:
+            return counts
+        await asyncio.sleep(0.2)
 
 
 def without_reuse() -> dict[str, Any]:
@@ -118,7 +138,7 @@ async def calibrate(session: aiohttp.ClientSession, settings: Settings, target: 
         answer = await complete(session, settings.decoder_url, body, timeout_s=settings.request_timeout)
         if answer.error:
             raise LoadError(f"calibration: {answer.error}")
-    measured = counted(before, await decoder_counters(session, settings))
+    measured = await counted_since(session, settings, before)
     return rate(measured, "compute_tokens", "compute_s")
 
 

@@ -56,7 +56,7 @@ class Target:
 class LoadResult:
     answers: list[Answer] = field(default_factory=list)
     duration_s: float = 0.0
-    decoder: dict[str, float] = field(default_factory=dict)  # see DECODER_COUNTERS; those that it tells
+    decoder: dict[str, float] = field(default_factory=dict)  # what it counted meanwhile: target.counted_since
 
 
 @dataclass

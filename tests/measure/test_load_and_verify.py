@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from disagg_prefill_lmcache_v1.measure import load_and_verify
+from disagg_prefill_lmcache_v1.measure import load_and_verify, target
 from disagg_prefill_lmcache_v1.measure.load import arrival_times
 from disagg_prefill_lmcache_v1.measure.probe import PROBE_MAX_ERRORS, compare_answers
 from disagg_prefill_lmcache_v1.measure.settings import Settings
@@ -51,6 +51,8 @@ class MockVllm:
         self.wrong_logprob = 0.0
         self.runner_up = -0.3  # log-probability of the token that `wrong_for` gives; the right one has -0.2
         self.computes: Callable[[int], bool] = lambda prompt_tokens: False  # what the store has, by choice
+        self.load_fails: Callable[[int], bool] = lambda index: False  # it is computed, and counts as cached
+        self.tells_loads = True
         self.kv_headers: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
         self.authorization: set[str | None] = set()  # of all requests
@@ -134,10 +136,9 @@ class MockVllm:
         return web.json_response({"version": "0.0.mock"})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        hits = 1000 + 49 * sum("logprobs" not in body for body in self.bodies)
-        lines = ["# TYPE x", f'{DECODER_COUNTERS["external_hits"][0]}{{engine="0"}} {hits}.0', "other 5"]
-        counts = dict.fromkeys(DECODER_COUNTERS, 0.0)
-        for body in self.bodies:
+        lines = ["# TYPE x", "other 5"]
+        counts = {**dict.fromkeys(DECODER_COUNTERS, 0.0), "external_hits": 1000.0}
+        for index, body in enumerate(self.bodies):
             tokens = len(body["prompt"]) if "prompt" in body else len(json.dumps(body["messages"]))
             new = "cache_salt" in body  # the store does not have it
             if new or self.computes(tokens):
@@ -146,13 +147,14 @@ class MockVllm:
                 counts["recompute_requests"] += not new
                 counts["recomputed_tokens"] += 0 if new else tokens - 1
             else:
+                counts["external_hits"] += tokens - 1
                 counts["load_requests"] += 1
-                counts["loaded_tokens"] += tokens
-                counts["load_s"] += tokens / 20000
+                if self.tells_loads:
+                    counts["loaded_tokens"] += 0 if self.load_fails(index) else tokens
+                    counts["load_s"] += tokens / 20000
         for name, (metric, label) in DECODER_COUNTERS.items():
-            if name != "external_hits":
-                labels = 'engine="0",' + (label or 'x="y z"')
-                lines += [f"# HELP {metric} text", f"{metric}{{{labels}}} {counts[name]}"]
+            labels = 'engine="0",' + (label or 'x="y z"')
+            lines += [f"# HELP {metric} text", f"{metric}{{{labels}}} {counts[name]}"]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def serve(self) -> None:
@@ -320,6 +322,55 @@ def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVll
     table = format_table(summary)
     assert re.search(r"KV load always +5 requests loaded, 0 recomputed by choice", table)
     assert re.search(r"loaded +250 tokens in 0.0125 s, 20,000.0 tokens/s", table)
+
+
+def test_every_key_of_the_summary_is_documented(mocks: tuple[MockVllm, MockVllm]) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text().partition("## summary.json")[2]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(run(mocks, num_prompts=1))
+
+
+@pytest.mark.parametrize(("every", "reused", "ratio", "full"), [(1, 0, 0.0, 0), (3, 294 + 6, 0.6802, 6)])
+def test_what_was_not_loaded_is_not_reused(
+    mocks, monkeypatch, every: int, reused: int, ratio: float, full: int
+) -> None:
+    """A load that fails is computed, and vLLM goes on to count its tokens as cached."""
+    monkeypatch.setattr(target, "WORKERS_REPORT_S", 0.3)
+    mocks[0].load_fails = lambda index: index % every == 0
+    changes = {"decoder_url": mocks[0].url, "num_prompts": 9, "probe": "off"}
+    summary = run(mocks, **changes)
+    missing = 441 - reused
+    assert (summary["cached_tokens"], summary["reused_tokens"], summary["reuse_ratio"]) == (441, reused, ratio)
+    assert (summary["full_reuse_requests"], summary["not_loaded_tokens"]) == (full, missing)
+    cause = f"{missing} tokens that vLLM counts as cached were not loaded"
+    assert summary["failures"] == [f"load: reuse ratio {ratio:g} is below --min-reuse-ratio 0.99: {cause}"]
+    assert re.search(rf"reused tokens +{reused} \(.*% of those reusable\); vLLM counts 441", format_table(summary))
+    assert run(mocks, **changes, min_reuse_ratio=ratio)["failures"] == []
+
+
+def test_the_probe_does_not_reuse_what_was_not_loaded(mocks, monkeypatch) -> None:
+    monkeypatch.setattr(target, "WORKERS_REPORT_S", 0.3)
+    mocks[0].load_fails = lambda index: True
+    summary = run(mocks, decoder_url=mocks[0].url, num_prompts=0)
+    assert (summary["probe_reused_tokens"], summary["probe_reuse_ratio"]) == (0, 0.0)
+    assert summary["probe_not_loaded_tokens"] == summary["probe_cached_tokens"] > 1000
+    assert len(summary["failures"]) == 1
+    assert "probe: reuse ratio 0 is below" in summary["failures"][0]
+
+
+def test_a_report_that_comes_late_counts(mocks: tuple[MockVllm, MockVllm]) -> None:
+    """Workers report a load with a later step, maybe after the answer is there."""
+    asked = itertools.count()
+    mocks[0].load_fails = lambda index: next(asked) < 20  # the first four times that its counters are asked for
+    summary = run(mocks, decoder_url=mocks[0].url, probe="off")
+    assert (summary["reused_tokens"], summary["not_loaded_tokens"], summary["failures"]) == (245, 0, [])
+
+
+def test_workers_that_measure_nothing_are_not_held_against_vllm(mocks: tuple[MockVllm, MockVllm]) -> None:
+    """On some devices the model runner hands on no statistics of a connector."""
+    mocks[0].tells_loads = False
+    summary = run(mocks, decoder_url=mocks[0].url)
+    assert (summary["reused_tokens"], summary["not_loaded_tokens"], summary["failures"]) == (245, None, [])
 
 
 def test_never_to_load_is_no_missing_reuse(mocks: tuple[MockVllm, MockVllm]) -> None:
