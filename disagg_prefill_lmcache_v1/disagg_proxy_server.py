@@ -30,7 +30,7 @@ import uvicorn
 
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.app import create_app
-from disagg_prefill_lmcache_v1.proxy.client import ClientProtocol
+from disagg_prefill_lmcache_v1.proxy.client_connection import ClientConnection
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import read_members
 from disagg_prefill_lmcache_v1.proxy.settings import Settings, SettingsError, load_settings
@@ -40,7 +40,6 @@ log = logging.getLogger("disagg_proxy")
 PROG = "disagg_proxy_server.py"
 # Set by the parent for its worker processes: listening descriptor, slot number, metrics directory, parent's pid.
 _WORKER_ENV = "DISAGG_PROXY_INTERNAL_WORKER"
-_KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _UNSENT_BYTES = 128 * 1024
@@ -77,11 +76,10 @@ def listen(settings: Settings) -> socket.socket:
 def serve(settings: Settings, sock: socket.socket, metrics: Metrics) -> None:
     """Serve in this process until a signal ends it."""
     access_log = AccessLog(sys.stdout.fileno(), metrics) if settings.access_log else None
-    ClientProtocol.silence_s = settings.client_timeout_s
     app = create_app(settings, metrics, access_log)
     config = uvicorn.Config(
         app,
-        http=ClientProtocol,
+        http=ClientConnection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -90,7 +88,6 @@ def serve(settings: Settings, sock: socket.socket, metrics: Metrics) -> None:
         server_header=False,
         date_header=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_timeout_s,  # type: ignore[arg-type]
         ssl_keyfile=settings.ssl_keyfile or None,
         ssl_certfile=settings.ssl_certfile or None,

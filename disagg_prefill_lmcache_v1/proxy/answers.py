@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, error_body
 from disagg_prefill_lmcache_v1.proxy.header_fields import answer_lines, own_lines
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
@@ -39,5 +39,6 @@ def send_error(client: ClientRequest, request: RequestContext, error: ProxyError
         lines.append(request.cors)
     if error.status == 401:
         lines.append(b"www-authenticate: Bearer\r\n")
-    client.close_if_unread()
+    elif error.outcome == "overload":
+        lines.append(b"retry-after: 1\r\n")
     client.answer(error.status, lines, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi import Response as FastAPIResponse
 from fastapi.responses import JSONResponse
 
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
-from disagg_prefill_lmcache_v1.proxy.client import ClientProtocol, ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client_connection import ClientLimits
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
@@ -21,40 +22,27 @@ from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upkeep import Upkeep
 
-OWN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
+def create_app(settings: Settings, metrics: Metrics | None = None, access_log: AccessLog | None = None) -> FastAPI:
+    """The application; serve it with uvicorn and ``http=ClientConnection``.
 
-class ProxyApp(FastAPI):
-    """FastAPI application whose proxied routes bypass the framework: it would cost more than the proxy itself."""
-
-    handler: RequestHandler
-    pools: tuple[Pool, Pool]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] not in OWN_PATHS:
-            method = scope["method"]
-            client = ClientRequest.of_asgi(receive, method == "HEAD")
-            target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-            headers = [(name, value, b"%b: %b\r\n" % (name, value)) for name, value in scope["headers"]]
-            await self.handler.handle(client, method, scope["path"], target, headers)
-        else:
-            await super().__call__(scope, receive, send)
-
-
-def create_app(settings: Settings, metrics: Metrics | None = None, access_log: AccessLog | None = None) -> ProxyApp:
-    """The application; serve it with uvicorn and ``http=ClientProtocol``."""
+    FastAPI answers the proxy's own routes. All others bypass it, which would cost more than the proxy itself: the
+    connection calls the handler that the lifespan state gives it.
+    """
     metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: ProxyApp) -> AsyncIterator[None]:
-        upkeep = _build(app, settings, metrics, access_log)
-        ClientProtocol.own_paths = OWN_PATHS
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        handler, upkeep = _build(app, settings, metrics, access_log)
+        limits = ClientLimits(
+            settings.max_head_bytes, settings.max_body_bytes, settings.client_timeout_s, settings.stream_idle_timeout_s
+        )
         upkeep.start()
-        yield
+        yield {"handler": handler.handle, "limits": limits}
         await upkeep.stop()
 
     # The schema and its pages are the decode server's: clients talk to its routes.
-    app = ProxyApp(title="Disaggregated prefill proxy", lifespan=lifespan, openapi_url=None, docs_url=None)
+    app = FastAPI(title="Disaggregated prefill proxy", lifespan=lifespan, openapi_url=None, docs_url=None)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -63,7 +51,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
     @app.get("/ready")
     async def ready() -> JSONResponse:
         found: dict[str, dict[str, bool]] = {}
-        for pool in app.pools:
+        for pool in app.state.pools:
             members = pool.upstreams
             results = await asyncio.gather(*(pool.check(member) for member in members))
             found[pool.role] = {member.name: up for member, up in zip(members, results, strict=True)}
@@ -77,19 +65,42 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
     return app
 
 
-def _build(app: ProxyApp, settings: Settings, metrics: Metrics, access_log: AccessLog | None) -> Upkeep:
-    """Make the parts that serve requests in the running event loop; returns the background work."""
+def _build(
+    app: FastAPI, settings: Settings, metrics: Metrics, access_log: AccessLog | None
+) -> tuple[RequestHandler, Upkeep]:
+    """Make the parts that serve requests in the running event loop, and the work in the background."""
     prefillers, decoders = settings.prefiller_urls, settings.decoder_urls
     stamp = (0, 0)
     if settings.upstreams_file:
         stamp = file_stamp(settings.upstreams_file)
         prefillers, decoders = read_members(settings.upstreams_file)
-    pools = app.pools = (Pool(PREFILL, prefillers, settings, metrics), Pool(DECODE, decoders, settings, metrics))
+    pools = app.state.pools = (Pool(PREFILL, prefillers, settings, metrics), Pool(DECODE, decoders, settings, metrics))
     prefill = PrefillStage(settings, pools[0], metrics)
     decode = DecodeStage(settings, pools[1], metrics)
-    handler = app.handler = RequestHandler(settings, metrics, access_log, prefill, decode)
+    handler = RequestHandler(settings, metrics, access_log, prefill, decode, functools.partial(_call, app))
     values = metrics.values
-    return Upkeep(
+    upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,
         in_flight=lambda: values[prefill.in_flight] + values[decode.in_flight], stamp=stamp,
     )  # fmt: skip
+    return handler, upkeep
+
+
+async def _call(app: FastAPI, method: str, path: str) -> tuple[int, list[bytes], bytes]:
+    """The application's answer to a request without a body: status, header lines, body."""
+    messages: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [],
+        "server": None, "client": None,
+    }  # fmt: skip
+    await app(scope, receive, send)
+    lines = [b"%b: %b\r\n" % field for field in messages[0]["headers"] if field[0] != b"content-length"]
+    return messages[0]["status"], lines, b"".join(message.get("body", b"") for message in messages[1:])

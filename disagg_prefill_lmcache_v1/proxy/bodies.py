@@ -74,15 +74,17 @@ def parse_fields(body: bytes) -> dict[str, Any] | None:
             return fields
     try:
         return _decode_fields(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     try:
         value = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        if not isinstance(value, dict):
+            return None
+        return {key: msgspec.Raw(json.dumps(item).encode()) for key, item in value.items()}
+    except RecursionError:
+        raise BadJSON("it is nested too deeply") from None
+    except ValueError as error:
         raise BadJSON(str(error)) from None
-    if not isinstance(value, dict):
-        return None
-    return {key: msgspec.Raw(json.dumps(item).encode()) for key, item in value.items()}
 
 
 def _skim(body: bytes) -> dict[str, Any] | None:

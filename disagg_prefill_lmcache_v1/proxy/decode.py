@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on
-from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.header_fields import answer_lines
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics

@@ -34,6 +34,11 @@ class ProxyError(Exception):
         self.detail = detail
 
 
+def too_long(limit: int) -> ProxyError:
+    """The error for a body of more than ``limit`` bytes."""
+    return ProxyError(413, f"the request body is longer than {limit} bytes", "proxy", "bad_request")
+
+
 def error_body(status: int, message: str, stage: str, request_id: str) -> bytes:
     """JSON of an error, with the stage and the request id added."""
     error = {

@@ -8,26 +8,32 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable
 
 from disagg_prefill_lmcache_v1.proxy import bodies
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
+from disagg_prefill_lmcache_v1.proxy.admission import Admission
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on, send_error
-from disagg_prefill_lmcache_v1.proxy.client import BodyTooLong, BodyTooSlow, ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
-from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
+from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, too_long
 from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHeaders, cors_lines, own_lines
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
-from disagg_prefill_lmcache_v1.proxy.upstream import Header
+from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
 
 log = logging.getLogger("disagg_proxy")
 
+OWN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 _GENERATING = frozenset(bodies.LIMIT_FIELD)
 # In these streams the last event tells the usage; in the others it comes only if asked for.
 _ALWAYS_USAGE = ("/v1/messages", "/v1/responses")
+
+
+OwnRoute = Callable[[str, str], Awaitable[tuple[int, list[bytes], bytes]]]
+"""Answers a request for one of the proxy's own paths (method, path): status, header lines, body."""
 
 
 class RequestHandler:
@@ -35,15 +41,19 @@ class RequestHandler:
 
     def __init__(
         self, settings: Settings, metrics: Metrics, access_log: AccessLog | None, prefill: PrefillStage,
-        decode: DecodeStage,
+        decode: DecodeStage, own_route: OwnRoute,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._metrics = metrics
         self._access_log = access_log
         self._prefill = prefill
         self._decode = decode
+        self._own_route = own_route
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
+        self._admission = None
+        if settings.max_in_flight:
+            self._admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout_s)
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20].encode()
         self._ttft = metrics.index("disagg_ttft_seconds")
@@ -51,28 +61,29 @@ class RequestHandler:
         self._outcomes: dict[tuple[str, str, str], int] = {}  # indexes of series, found without a call
         self.finished = 0  # count of requests
 
-    async def handle(
-        self, client: ClientRequest, method: str, path: str, target: bytes, headers: Iterable[Header]
-    ) -> None:
+    async def handle(self, client: ClientRequest) -> None:
         """Serve one request."""
-        given = RequestHeaders(headers)
+        given = RequestHeaders(client.headers)
         request_id = given.request_id or b"%b%012x" % (self._id_prefix, next(self._ids))
         given.sent_on.append(b"x-request-id: %b\r\n" % request_id)
-        generating = path in _GENERATING and method == "POST"
+        method, path = client.method, client.path
         request = RequestContext(
-            method, path, target, path if generating else "other", request_id.decode(), b"".join(given.sent_on),
+            method, path, client.target, path if path in _GENERATING and method == "POST" else "other",
+            request_id.decode(), b"".join(given.sent_on),
             cors_lines(self._cors, given.origin) if self._cors and given.origin else b"",
         )  # fmt: skip
+        logged = True
         try:
+            client.check()
+            given.check(client.version)
             if method == "OPTIONS" and request.cors:
                 request.status = 204
                 client.answer(204, [request.cors, PREFLIGHT, own_lines(request)], b"")
-                return
-            body = await self._checked_body(client, request, given)
-            if generating:
-                await self._generate(client, request, given.content_type, body)
+            elif path in OWN_PATHS:
+                logged = False
+                await self._answer_itself(client, request, given)
             else:
-                await self._decode.run(client, request, body)
+                await self._forward(client, request, given)
         except ProxyError as error:
             send_error(client, request, error)
         except asyncio.CancelledError:
@@ -84,28 +95,46 @@ class RequestHandler:
             log.exception("request %s failed inside the proxy", request.request_id)
             send_error(client, request, ProxyError(500, "internal error", request.stage, "internal_error"))
         finally:
-            self._account(request)
+            if logged:
+                self._account(request)
 
-    async def _checked_body(self, client: ClientRequest, request: RequestContext, given: RequestHeaders) -> bytes:
-        """The request's body, once the client may send it. Raises ProxyError."""
-        if self._key and request.method != "OPTIONS" and not self._is_key(given.authorization):
-            raise ProxyError(401, "the API key is missing or wrong", "proxy", "unauthorized")
-        if client.gone:
-            raise asyncio.CancelledError
-        limit, silence_s = self._settings.max_body_bytes, self._settings.client_timeout_s
+    async def _answer_itself(self, client: ClientRequest, request: RequestContext, given: RequestHeaders) -> None:
+        """One of the proxy's own paths; only /health needs no key."""
+        if request.path != "/health":
+            self._check_key(request.method, given)
+        await client.body()
+        status, lines, body = await self._own_route(request.method, request.path)
+        if request.cors:
+            lines.append(request.cors)
+        client.answer(status, lines, body)
+
+    async def _forward(self, client: ClientRequest, request: RequestContext, given: RequestHeaders) -> None:
+        """Everything else: prefill and decode, or the decode server alone."""
+        self._check_key(request.method, given)
+        limit = self._settings.max_body_bytes
+        if given.content_length and int(given.content_length) > limit:
+            raise too_long(limit)
+        admission = self._admission
+        if admission is not None:
+            await admission.enter()
         try:
-            if given.content_length and int(given.content_length) > limit:
-                raise BodyTooLong
-            body = await client.body(limit, silence_s)
-        except BodyTooLong:
-            message = f"the request body is longer than {limit} bytes"
-            raise ProxyError(413, message, "proxy", "bad_request") from None
-        except BodyTooSlow:
-            message = f"no more of the request body within {silence_s:g} s"
-            raise ProxyError(408, message, "proxy", "client_stalled") from None
-        if client.gone:  # a cancellation is forgotten by wait_for() when it comes together with the body
-            raise asyncio.CancelledError
-        return body
+            client.expects_continue = given.expects_continue
+            body = await client.body()
+            if request.route != "other":
+                await self._generate(client, request, given.content_type, body)
+            else:
+                if body and not self._settings.trusted_kv_transfer_params:
+                    _refuse_steering(steering_field_of(body))
+                await self._decode.run(client, request, body)
+        finally:
+            if admission is not None:
+                admission.leave()
+
+    def _check_key(self, method: str, given: RequestHeaders) -> None:
+        # A browser asks without a key whether it may ask.
+        asks = method == "OPTIONS" and not given.transfer_encoding and given.content_length in (b"", b"0")
+        if self._key and not asks and not self._is_key(given.authorization):
+            raise ProxyError(401, "the API key is missing or wrong", "proxy", "unauthorized")
 
     def _is_key(self, authorization: bytes) -> bool:
         # The scheme may be written in any case; it is not part of the secret.
@@ -120,6 +149,8 @@ class RequestHandler:
             fields = bodies.parse_fields(body)
         except bodies.BadJSON as error:
             raise ProxyError(400, f"the request body is not valid JSON: {error}", "proxy", "bad_request") from None
+        if fields is not None and not self._settings.trusted_kv_transfer_params:
+            _refuse_steering(steering_field(fields))
         shaped = None if fields is None else bodies.prefill_body(request.path, fields)
         if shaped is None:
             self._metrics.add("disagg_prefill_skipped", "no_prompt" if fields is None else "stored_response")
@@ -150,3 +181,9 @@ class RequestHandler:
         if index is None:
             index = self._outcomes[key] = self._metrics.index("disagg_requests", *key)
         self._metrics.values[index] += 1.0
+
+
+def _refuse_steering(field: str) -> None:
+    if field:
+        message = f"{field} is not taken from clients (--trusted-kv-transfer-params allows it)"
+        raise ProxyError(400, message, "proxy", "bad_request")

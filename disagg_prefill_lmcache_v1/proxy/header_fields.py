@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.upstream import Header
 
@@ -14,6 +15,7 @@ _HOP_BY_HOP = frozenset(
      b"trailer", b"transfer-encoding", b"upgrade", b"content-length")
 )  # fmt: skip
 _NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"http2-settings", b"x-request-id"}
+_INTERNAL = b"x-kv-"  # between the proxy and its servers; a client's are dropped
 _NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms"}
 _request_id_ok = re.compile(rb"[A-Za-z0-9_.:/@+=,~#|-]{1,256}").fullmatch
 
@@ -24,23 +26,41 @@ PREFLIGHT = (
 
 
 class RequestHeaders:
-    """Header fields of a client's request. Header values are "" when absent."""
+    """Header fields of a client's request. Values are b"" when absent."""
 
-    __slots__ = ("authorization", "content_length", "content_type", "origin", "request_id", "sent_on")
+    __slots__ = (
+        "authorization",
+        "content_length",
+        "content_type",
+        "expects_continue",
+        "hosts",
+        "origin",
+        "request_id",
+        "sent_on",
+        "transfer_encoding",
+    )
 
     def __init__(self, headers: Iterable[Header]) -> None:
         self.authorization = self.content_length = self.content_type = self.origin = self.request_id = b""
-        connection = b""
+        self.transfer_encoding = connection = b""
+        self.expects_continue = False
+        self.hosts = 0
         lines = []
         for name, value, line in headers:
             if name in _NOT_SENT_ON:
-                if name == b"x-request-id":
-                    if _request_id_ok(value):
-                        self.request_id = value
+                if name == b"host":
+                    self.hosts += 1
                 elif name == b"content-length":
                     self.content_length = value
+                elif name == b"x-request-id":
+                    if _request_id_ok(value):
+                        self.request_id = value
                 elif name == b"connection":
-                    connection = value
+                    connection = connection + b"," + value if connection else value
+                elif name == b"transfer-encoding":
+                    self.transfer_encoding = value
+                elif name == b"expect":
+                    self.expects_continue = value.lower() == b"100-continue"
                 continue
             if name == b"content-type":
                 self.content_type = value
@@ -48,8 +68,20 @@ class RequestHeaders:
                 self.authorization = value
             elif name == b"origin":
                 self.origin = value
+            elif name[:5] == _INTERNAL:
+                continue
             lines.append(line)
         self.sent_on = _without_named(lines, connection)
+
+    def check(self, version: str) -> None:
+        """Raise ProxyError for what the parser lets pass but no two servers read alike."""
+        fault = ""
+        if self.hosts != 1 and (self.hosts or version == "1.1"):
+            fault = "there must be exactly one Host header"
+        elif self.transfer_encoding and (self.transfer_encoding.lower() != b"chunked" or version == "1.0"):
+            fault = "the only transfer encoding that is taken is chunked, in HTTP/1.1"
+        if fault:
+            raise ProxyError(400, fault, "proxy", "bad_request")
 
 
 def _without_named(lines: list[bytes], connection: bytes) -> list[bytes]:

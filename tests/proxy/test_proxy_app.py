@@ -20,7 +20,7 @@ import httpx
 import pytest
 from proxy_harness import DEADLINE_S, MockThread, ProxyProcess, Stack, dead_port, stack, wait_until
 
-from disagg_prefill_lmcache_v1.proxy.client import ClientRequest
+from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 
 JSON = {"content-type": "application/json"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -361,9 +361,8 @@ def test_a_connection_that_ended_takes_no_answer() -> None:
 
         writelines = write
 
-    protocol = types.SimpleNamespace(transport=Ended(), request=None, flow=types.SimpleNamespace(write_paused=False))
-    cycle = types.SimpleNamespace(disconnected=False, response_started=False, keep_alive=True, version="1.1")
-    client = ClientRequest(protocol, cycle, False)  # type: ignore[arg-type]
+    channel = types.SimpleNamespace(transport=Ended(), write_paused=False)
+    client = ClientRequest(channel, "GET", "/", b"/", [], "1.1", True)  # type: ignore[arg-type]
     client.answer(200, [], b"body")
     assert client.begin(200, []) is True
     client.send(b"part")
