@@ -1,0 +1,303 @@
+"""The KV connector of backend mp: LMCache's ``LMCacheMPConnector``, whose KV cache lies in ``lmcache server``.
+
+The transfer, the keys and the server are LMCache's own. Added here is what disaggregated prefill promises:
+
+- a server that is killed, frozen, restarted or full costs reuse, never an engine, an answer or more than the deadline
+  (mp_client.py);
+- word of when a request's KV can be found (mp_confirm.py, visibility.py);
+- requests with another LoRA adapter have other keys: LMCache's know the adapter's name at most;
+- what a client may send never ends the engine: a ``cache_salt`` or ``kv_transfer_params`` that LMCache cannot take;
+- an idle engine sleeps while it waits for a lookup. vLLM asks again and again instead, with empty steps that keep every
+  core busy: on few cores the server it waits for gets no time (lookups of 10 s with two ranks);
+- loading is a choice for each request (policy.py), and what was loaded is counted (meter.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
+from lmcache.logging import init_logger
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
+from disagg_prefill_lmcache_v1.kv.mp_client import GuardedWorker, PatientClient
+from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
+from disagg_prefill_lmcache_v1.kv.policy import LoadBook, LoadPolicy, mode_from_environment
+from disagg_prefill_lmcache_v1.kv.visibility import Announcer, wait_timeout_s
+
+logger = init_logger(__name__)
+
+TIMEOUT_KEY, HEARTBEAT_KEY = "lmcache.mp.mq_timeout", "lmcache.mp.heartbeat_interval"
+DEFAULT_TIMEOUT_S = 10.0
+# A frozen server is given up after two heartbeats at most: within the deadline.
+HEARTBEATS = 3
+# An idle scheduler waits this long for a lookup before it lets other requests in.
+IDLE_WAIT_S = 0.05
+_POLL_S = 0.001
+
+
+def take_deadline(vllm_config: Any) -> float:
+    """Seconds that the server may take for a reply (``lmcache.mp.mq_timeout``, 10 unless it is given), set for LMCache.
+
+    Raises:
+        ValueError: it is not a number above 0.
+    """
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    try:
+        seconds = float(extra.get(TIMEOUT_KEY, DEFAULT_TIMEOUT_S))
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 < seconds < 3600:
+        allowed = "a number of seconds above 0 and below 3600 is allowed"
+        raise ValueError(f"kv_connector_extra_config {TIMEOUT_KEY}={extra[TIMEOUT_KEY]!r}: {allowed}")
+    extra[TIMEOUT_KEY] = seconds
+    extra.setdefault(HEARTBEAT_KEY, seconds / HEARTBEATS)
+    return seconds
+
+
+class LMCacheDisaggMPConnector(LMCacheMPConnector):
+    """See the module's text. The name must contain "LMCache": the Gaudi plugin looks for it.
+
+    Raises (at server start):
+        ValueError, ConnectionError: with what to change.
+    """
+
+    _book: LoadBook | None = None  # the scheduler's
+    _meter: Meter | None = None  # the worker's
+    _confirmer: Confirmer | None = None
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+            raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
+        timeout_s = take_deadline(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._announcer = Announcer()
+        self._ranks = vllm_config.parallel_config.world_size
+        if role == KVConnectorRole.WORKER:
+            self._meter = Meter(vllm_config.device_config.device.type)
+            self._guard = GuardedWorker(self.worker_adapter, timeout_s)
+            self._loads: dict[str, tuple[str, float, int, set[int]]] = {}
+            if self._announcer and self._can_store and vllm_config.parallel_config.rank == 0:
+                self._confirmer = Confirmer(self.worker_adapter, self._announcer, wait_timeout_s())
+        else:
+            self._idle = True
+            self._book = LoadBook(LoadPolicy(mode_from_environment()), self._ranks)
+            adapter = self.scheduler_adapter
+            self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
+            adapter.req_clients = dict(zip(adapter.req_clients, self._clients, strict=True))
+
+    # worker side
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._meter:
+            self._meter.step_begin(getattr(connector_metadata, "load_note", None))
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        metadata, begin = self._get_connector_metadata(), time.perf_counter()
+        super().start_load_kv(forward_context, **kwargs)
+        note = getattr(metadata, "load_note", None)
+        for request in metadata.requests:
+            if request.direction == "RETRIEVE":
+                op = request.op
+                tokens = op.end - op.start - op.skip_first_n_tokens
+                name = f"{note.number if note else 0}:{request.request_id}"
+                self._loads[request.request_id] = (name, begin, tokens, set(op.flat_block_ids))
+
+    def wait_for_save(self) -> None:
+        if self._meter:
+            self._meter.step_end()
+        super().wait_for_save()
+        for stored in getattr(self._get_connector_metadata(), "completed", ()):
+            if self._confirmer:
+                self._confirmer.confirm(stored)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._guard.watch_transfers()
+        sent, received = super().get_finished(finished_req_ids)
+        times = {}
+        for request_id in received or ():
+            if request_id in self._loads:
+                name, begin, tokens, blocks = self._loads.pop(request_id)
+                complete = blocks.isdisjoint(self.worker_adapter.error_block_ids)
+                times[name] = [time.perf_counter() - begin, 1, tokens if complete else 0]
+        self._load_stats = LoadStats(data={"load_times": times}) if times else None
+        return sent, received
+
+    def shutdown(self) -> None:
+        if self._confirmer:
+            self._confirmer.close()
+        if self.role == KVConnectorRole.WORKER:
+            self._guard.leave()
+        super().shutdown()
+
+    # both sides: measurements go from the workers to the scheduler, totals from there to the API server
+
+    _load_stats: LoadStats | None = None
+
+    def get_kv_connector_stats(self) -> LoadStats | None:
+        if self._meter is not None:
+            stats, self._load_stats = self._load_stats, None
+            measured = self._meter.take()
+            return stats.aggregate(measured) if stats and measured else stats or measured
+        totals = self._book.take() if self._book else {}
+        return LoadStats(data=totals) if totals else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
+        return LoadStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> LoadMetrics:
+        return LoadMetrics(*args)
+
+    # scheduler side
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        stats = connector_output.kv_connector_stats
+        if self._book and isinstance(stats, LoadStats):
+            self._book.observe(stats.data)
+            connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
+        super().update_connector_output(connector_output)
+
+    def _get_or_create_request_tracker(self, request: Any) -> Any:
+        known = self.request_trackers.get(request.request_id)
+        tracker = super()._get_or_create_request_tracker(request)
+        if tracker is not known:
+            tracker.cache_salt = cache_salt_of(request)
+            tracker.request_configs = None  # no part of a key, and LMCache does not check them
+            tracker.max_offload_tokens = 0 if skips_save(request) else None
+        return tracker
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        name = request.request_id
+        found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        end = time.monotonic() + IDLE_WAIT_S
+        while found is None and self._idle and time.monotonic() < end:
+            for client in self._clients:
+                client.wait_lookup(name, max(0.0, end - time.monotonic()))
+            found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
+            if found is None:
+                time.sleep(_POLL_S)  # the server is still looking
+        if not found or self._book is None or self._book.choose(name, found):
+            return found, asynchronous
+        return 0, False  # LMCache gives the locks back in update_state_after_alloc
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        name = request.request_id
+        if self._book:
+            self._book.scheduled(name, num_external_tokens)
+            if not num_external_tokens and not self._book.choose(name, 0):
+                self.request_trackers[name].num_lmcache_hit_tokens = 0  # not loaded: LMCache counts it as computed
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        name = request.request_id
+        if self._book:
+            self._book.finished(name)
+        for client in self._clients:
+            client.forget(name)
+        tracker = self.request_trackers.get(name)
+        if tracker is None:
+            # Refused or aborted before anything was asked for it: LMCache would raise here.
+            return False, None
+        if tracker.state == LMCacheMPRequestState.PREFETCHING and tracker.num_scheduled_tokens == 0:
+            self._free_locks(tracker)
+        return super().request_finished(request, block_ids)
+
+    def _free_locks(self, tracker: Any) -> None:
+        """Give back what a lookup has locked for a request that never got its memory.
+
+        LMCache leaves it locked for 5 minutes: aborted requests would fill the server with what it cannot evict.
+        """
+        chunk = self.scheduler_adapter.lmcache_tokens_per_chunk
+        tokens = tracker.get_token_ids()
+        if end := len(tokens) // chunk * chunk:
+            name, salt = tracker.request_id, tracker.cache_salt
+            self.scheduler_adapter.free_lookup_locks(tokens, 0, end, name, cache_salt=salt)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        self._idle = scheduler_output.total_num_scheduled_tokens == 0
+        if self._book:
+            meta.load_note = self._book.step(self._begun(scheduler_output), scheduler_output.num_scheduled_tokens)
+        if self._can_store:
+            for request in scheduler_output.scheduled_new_reqs:
+                self._announcer.begin(request.req_id)
+            meta.completed = [s for r in scheduler_output.num_scheduled_tokens if (s := self._completed(r)) is not None]
+        return meta
+
+    def _begun(self, scheduler_output: Any) -> list[tuple[str, int, int]]:
+        """Id, prompt tokens and tokens already there of requests that are new or come back in this step."""
+        begun = [
+            (request.req_id, len(request.prompt_token_ids or ()), request.num_computed_tokens)
+            for request in scheduler_output.scheduled_new_reqs
+        ]
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id in cached.resumed_req_ids:
+            tracker = self.request_trackers[request_id]
+            computed = cached.num_computed_tokens[cached.req_ids.index(request_id)]
+            begun.append((request_id, tracker.num_prompt_tokens, computed))
+        return begun
+
+    def _completed(self, request_id: str) -> Stored | None:
+        """What is to be confirmed of a request whose prefill this step completes; one without a store is announced."""
+        tracker = self.request_trackers.get(request_id)
+        if tracker is None or getattr(tracker, "announced", False):
+            return None
+        there = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+        if tracker.num_scheduled_tokens + there < tracker.num_prompt_tokens:
+            return None
+        tracker.announced = True
+        chunk = self.scheduler_adapter.lmcache_tokens_per_chunk
+        end = tracker.num_prompt_tokens // chunk * chunk
+        if tracker.max_offload_tokens == 0:
+            self._announcer.end(request_id, 0, 1, "none")
+        elif end <= tracker.num_lmcache_hit_tokens:
+            self._announcer.end(request_id, 0, 1, "stored")  # was found there, or is shorter than a chunk
+        else:
+            return Stored(request_id, tracker.get_token_ids()[:end], end, tracker.cache_salt)
+        return None
+
+
+def cache_salt_of(request: Any) -> str:
+    """What keeps KV of this request apart from other requests' of the same tokens, as LMCache takes it; "" for nothing.
+
+    LMCache refuses salts with some characters or of more than 128, inside the engine, which ends it: hence a digest.
+    """
+    lora = getattr(request, "lora_request", None)
+    parts = {"salt": request.cache_salt or "", "lora": adapter_digest(lora.lora_path) if lora is not None else ""}
+    if not any(parts.values()):
+        return ""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def adapter_digest(folder: str) -> str:
+    """Of a LoRA adapter's files: the name is the server's own choice, and another one's may be the same."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return _digest(tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)) or folder
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, _, size in files:
+        digest.update(f"{Path(name).name} {size} ".encode())
+        with open(name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else ""
+
+
+def skips_save(request: Any) -> bool:
+    """Whether the request asks not to be stored, as with the other backends (``lmcache.skip_save``)."""
+    extra = getattr(getattr(request, "sampling_params", None), "extra_args", None)
+    parameters = extra.get("kv_transfer_params") if isinstance(extra, dict) else None
+    return isinstance(parameters, dict) and bool(parameters.get("lmcache.skip_save"))
