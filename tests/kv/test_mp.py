@@ -1,0 +1,240 @@
+"""Backend mp on a real ``lmcache server``: what a server that stops answering costs, and who shares KV with whom."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("lmcache", reason="LMCache is not installed: it is what is tested")
+pytest.importorskip("vllm", reason="vLLM is not installed: LMCache's connector is built on it")
+
+from launch_harness import wait_until
+from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
+
+from disagg_prefill_lmcache_v1.kv.mp import cache_salt_of, skips_save, take_deadline
+from disagg_prefill_lmcache_v1.kv.mp_client import Reply
+from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
+
+PROMPTS = itertools.count(1)
+SLACK_S = 2.0  # of a busy machine
+
+
+def prompt(blocks: int = 4) -> list[int]:
+    first = next(PROMPTS) * 1000
+    return list(range(first, first + blocks * BLOCK))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = MPServer(tmp_path_factory.mktemp("mp") / "kv_server.log")
+    yield server
+    server.thaw()
+    server.kill()
+
+
+@pytest.fixture
+def engine(server):
+    engine = Engine(server)
+    yield engine
+    engine.close()
+
+
+def test_what_is_stored_is_loaded_as_it_was(engine):
+    tokens = prompt()
+    assert engine.store(tokens, [1, 2, 3, 4])
+    name, found = engine.find(tokens)
+    assert found == len(tokens)
+    assert engine.load(tokens, [11, 12, 13, 14], name)
+    for cache in engine.caches.values():
+        assert torch.equal(cache[1:5], cache[11:15])
+
+
+def test_a_frozen_server_costs_a_store_and_a_load_their_deadline_and_nothing_more(server, engine):
+    stored, tokens = prompt(), prompt()
+    assert engine.store(stored, [1, 2, 3, 4])
+    name, _ = engine.find(stored)
+    server.freeze()
+    try:
+        begin = time.monotonic()
+        assert not engine.store(tokens, [5, 6, 7, 8])
+        assert not engine.load(stored, [11, 12, 13, 14], name)
+        assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
+        begin = time.monotonic()
+        assert not engine.store(prompt(), [1, 2, 3, 4])
+        wait_until(lambda: not engine.scheduler.is_healthy, "the scheduler's heartbeat misses the server", 10)
+        assert engine.find(stored)[1] == 0
+        assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
+    finally:
+        server.thaw()
+    healthy_again(engine)
+    new = prompt()
+    assert engine.store(new, [1, 2, 3, 4])
+    assert engine.find(new)[1] == len(new)
+    # The store that got no answer left a reservation in the server: its KV was kept and is there by now.
+    wait_until(lambda: engine.find(tokens)[1] == len(tokens), "the late store is complete", 15)
+    name, _ = engine.find(tokens)
+    assert engine.load(tokens, [21, 22, 23, 24], name)
+    for cache in engine.caches.values():
+        assert torch.equal(cache[5:9], cache[21:25])
+
+
+def test_a_server_restarted_between_two_heartbeats_is_used_again(server, engine):
+    lost = prompt()
+    assert engine.store(lost, [1, 2, 3, 4])
+    server.kill()
+    server.start()
+    begin = time.monotonic()
+    while time.monotonic() - begin < 60:
+        new = prompt()
+        if engine.store(new, [1, 2, 3, 4]) and engine.find(new)[1] == len(new):
+            break
+    else:
+        pytest.fail("no reuse within 60 s of a restart")
+    assert engine.find(lost)[1] == 0
+
+
+def test_memory_that_was_reserved_and_never_written_is_never_served(server):
+    """LMCache's server takes what a worker has reserved for stored when the worker leaves."""
+    leaver, reader, tokens = Engine(server), Engine(server), prompt()
+    server.freeze()
+    try:
+        assert not leaver.store(tokens, [1, 2, 3, 4])
+        assert leaver.guard.reservation_left
+        leaver.close()
+    finally:
+        server.thaw()
+    healthy_again(reader)
+    assert reader.find(tokens)[1] == 0
+    reader.close()
+
+
+class Announcements:
+    """Stands in for visibility.Announcer."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, tuple[str, str]] = {}
+
+    def end(self, name, rank, ranks, state, reason="", transfer_ms=0.0):
+        self.ends[name] = (state, reason)
+
+
+def test_a_request_is_announced_when_its_chunks_can_be_found(engine):
+    said = Announcements()
+    confirmer = Confirmer(engine.worker, said, TIMEOUT_S)
+    there, elsewhere = prompt(), prompt()
+    assert engine.store(there, [1, 2, 3, 4])
+    confirmer.confirm(Stored("there", there, len(there), ""))
+    wait_until(lambda: "there" in said.ends, "an announcement", 5)
+    assert said.ends["there"] == ("stored", "")
+    confirmer.confirm(Stored("nowhere", elsewhere, len(elsewhere), ""))
+    wait_until(lambda: "nowhere" in said.ends, "an announcement", 5)
+    assert said.ends["nowhere"] == ("failed", "4 of 4 chunks are not in the KV server: is it full?")
+    confirmer.confirm(Stored("other salt", there, len(there), "x"))
+    wait_until(lambda: "other salt" in said.ends, "an announcement", 5)
+    assert said.ends["other salt"][0] == "failed"
+    confirmer.close()
+
+
+def test_a_request_is_announced_though_the_server_is_frozen(server, engine):
+    said = Announcements()
+    confirmer = Confirmer(engine.worker, said, TIMEOUT_S)
+    server.freeze()
+    try:
+        engine.store(prompt(), [1, 2, 3, 4])
+        begin = time.monotonic()
+        confirmer.confirm(Stored("frozen", prompt(), 4 * BLOCK, ""))
+        wait_until(lambda: "frozen" in said.ends, "an announcement", TIMEOUT_S + SLACK_S)
+        assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
+    finally:
+        server.thaw()
+    assert said.ends["frozen"] == ("failed", "the KV server does not answer")
+    confirmer.close()
+    healthy_again(engine)
+
+
+class Never:
+    """A future that is never done."""
+
+    def wait(self, timeout):
+        time.sleep(timeout)
+        return False
+
+
+def test_a_wait_ends_with_the_servers_health():
+    told = []
+    begin = time.monotonic()
+    reply = Reply(Never(), lambda: time.monotonic() - begin < 0.3, lambda: told.append(1))
+    with pytest.raises(TimeoutError, match="does not answer"):
+        reply.result(timeout=30)
+    assert 0.3 <= time.monotonic() - begin < 2
+    assert told == [1]
+
+
+# identity
+
+
+def request(salt=None, lora=None, parameters=None):
+    extra = None if parameters is None else {"kv_transfer_params": parameters}
+    adapter = None if lora is None else types.SimpleNamespace(lora_path=str(lora), lora_name="a", lora_int_id=1)
+    sampling = types.SimpleNamespace(extra_args=extra)
+    return types.SimpleNamespace(cache_salt=salt, lora_request=adapter, sampling_params=sampling)
+
+
+def test_plain_requests_share_their_kv():
+    assert cache_salt_of(request()) == cache_salt_of(request(salt="")) == ""
+
+
+@pytest.mark.parametrize("salt", ["a", "a/b", "x@y", "\\", "\x00", "s" * 1000, "ü" * 200])
+def test_any_salt_is_one_that_lmcache_takes(engine, salt):
+    made = cache_salt_of(request(salt=salt))
+    assert made
+    assert made != cache_salt_of(request(salt=salt + "b"))
+    engine.worker._create_key(prompt(), 0, 4 * BLOCK, request_id="r", cache_salt=made)
+
+
+def test_adapters_are_told_apart_by_content_not_by_name(tmp_path):
+    for name, weights in (("a", b"1"), ("b", b"2"), ("copy-of-a", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 8}))
+    a, b, copy = (cache_salt_of(request(lora=tmp_path / name)) for name in ("a", "b", "copy-of-a"))
+    assert a == copy
+    assert len({a, b, "", cache_salt_of(request(salt="a", lora=tmp_path / "a"))}) == 4
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"3")
+    os.utime(tmp_path / "a" / "adapter_model.safetensors", (1, 1))
+    assert cache_salt_of(request(lora=tmp_path / "a")) not in (a, b, "")
+
+
+def test_who_asks_not_to_be_stored():
+    assert skips_save(request(parameters={"lmcache.skip_save": True}))
+    for parameters in (None, {}, [], "x", {"lmcache.skip_save": False}, {"lmcache.max_offload_tokens": "many"}):
+        assert not skips_save(request(parameters=parameters))
+
+
+# the deadline
+
+
+def config(**extra):
+    transfer = types.SimpleNamespace(kv_connector_extra_config={f"lmcache.mp.{k}": v for k, v in extra.items()})
+    return types.SimpleNamespace(kv_transfer_config=transfer)
+
+
+def test_the_deadline_is_ten_seconds_or_what_is_given():
+    for given, timeout, heartbeat in (({}, 10, 10 / 3), ({"mq_timeout": 6}, 6, 2), ({"heartbeat_interval": 1}, 10, 1)):
+        made = config(**given)
+        assert take_deadline(made) == timeout
+        extra = made.kv_transfer_config.kv_connector_extra_config
+        assert extra["lmcache.mp.mq_timeout"] == timeout
+        assert extra["lmcache.mp.heartbeat_interval"] == pytest.approx(heartbeat)
+
+
+@pytest.mark.parametrize("value", [0, -1, "soon", None, 1e9, float("nan")])
+def test_a_deadline_that_cannot_be_is_refused(value):
+    with pytest.raises(ValueError, match=r"lmcache\.mp\.mq_timeout=.*above 0 and below 3600"):
+        take_deadline(config(mq_timeout=value))
