@@ -18,7 +18,6 @@ device the engine, the YAML and the store are LMCache's own; added here are
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib
 import os
 import time
@@ -36,13 +35,14 @@ from lmcache.v1.cache_engine import LMCacheEngineBuilder
 from lmcache.v1.gpu_connector import CreateGPUConnector
 from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
 from lmcache.v1.memory_management import MemoryObj
-from lmcache.v1.protocol import MAX_KEY_LENGTH
 from lmcache.v1.storage_backend.connector.instrumented_connector import InstrumentedRemoteConnector
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
+from disagg_prefill_lmcache_v1.kv.fingerprint import draft_layers, model_fingerprint
+from disagg_prefill_lmcache_v1.kv.identity import IdentifiedTokens, Identities, model_key
 from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover, UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
 from disagg_prefill_lmcache_v1.kv.policy import LoadBook, LoadPolicy, mode_from_environment
@@ -231,20 +231,6 @@ def _remote_backend(engine: Any) -> RemoteBackend | None:
     return None
 
 
-def short_model_name(name: str, world_size: int) -> str:
-    """``name`` as it goes into chunk keys: whole where the ``lm://`` protocol's key field holds it, else hashed.
-
-    A key is ``model@world_size@rank@hash@dtype``, at most 150 bytes; a longer one (a model in a deep folder) could
-    not be stored at all.
-    """
-    rest = f"@{world_size}@{world_size}@{'f' * 64}@bfloat16@tag%12345678"  # with room for one short tag
-    room = MAX_KEY_LENGTH - len(rest)
-    if len(name.encode()) <= room and "@" not in name:
-        return name
-    readable = name.rstrip("/").rpartition("/")[2][:20].replace("@", "-")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
-
-
 class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     """See the module's text. The name must contain "LMCache": the Gaudi plugin looks for it.
 
@@ -254,6 +240,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
 
     _meter: Meter | None = None  # the worker's
     _book: LoadBook | None = None  # the scheduler's
+    _identities: Identities | None = None  # the scheduler's
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         self._announcer = Announcer()
@@ -268,6 +255,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
                 _report_everything(self)
             self._make_engine(vllm_config)
         else:
+            self._identities = Identities()
             policy = LoadPolicy(mode_from_environment())
             self._book = LoadBook(policy, vllm_config.parallel_config.world_size)
             logger.info("KV of the store is loaded: %s", policy.mode)
@@ -283,7 +271,9 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
 
         config = lmcache_get_or_create_config()
         metadata = VllmServiceFactory(config, vllm_config, "worker").get_or_create_metadata()
-        metadata.model_name = short_model_name(metadata.model_name, metadata.world_size)
+        metadata.model_name = model_key(metadata.model_name, model_fingerprint(vllm_config))
+        layers, *others = metadata.kv_shape
+        metadata.kv_shape = (layers + draft_layers(vllm_config.speculative_config), *others)
         device = vllm_config.device_config.device.type
         if device == "cpu":
             _survive_seeded_requests()
@@ -300,9 +290,10 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         # Nothing here uses LMCache's offload server, and its end blocks for 5 s: as long as vLLM waits for a worker,
         # which is then killed and leaks semaphores and shared memory.
         VllmServiceFactory.maybe_create_offload_server = lambda self: None  # type: ignore[method-assign]
-        LMCacheEngineBuilder.get_or_create(
+        engine = LMCacheEngineBuilder.get_or_create(
             ENGINE_NAME, config, metadata, device_connector, group.broadcast, group.broadcast_object
         )
+        engine.token_database = IdentifiedTokens(engine.token_database)
 
     # worker side
 
@@ -450,7 +441,12 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
         super().update_connector_output(connector_output)
 
+    def on_new_request(self, request: Any) -> None:
+        if self._identities:
+            self._identities.give(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self.on_new_request(request)  # a vLLM that does not call it, a session that goes on
         found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if not found or self._book is None or self._book.choose(request.request_id, found):
             return found, asynchronous
@@ -465,6 +461,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             self._book.scheduled(request.request_id, num_external_tokens)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self.on_new_request(request)
         if self._book:
             self._book.finished(request.request_id)
         return super().request_finished(request, block_ids)

@@ -361,7 +361,7 @@ class KVTransfer:
             for index, tensor in fetch:
                 start, end, _ = chunks[index]
                 first = max(start, cached)
-                whole = tensor.shape[2] == end - start
+                whole = tensor.shape == self._mover.shape(end - start)
                 # Blocks that vLLM had cached may be shared with running requests: only later tokens are written.
                 if whole and first < end:
                     read = self._copy.scatter(tensor, first - start, slots, first, end)

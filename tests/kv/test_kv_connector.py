@@ -19,7 +19,6 @@ from lmcache.integration.vllm.vllm_v1_adapter import (
     ReqMeta,
     RequestTracker,
 )
-from lmcache.v1.protocol import MAX_KEY_LENGTH
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from disagg_prefill_lmcache_v1.kv import connector as kv_connector
@@ -571,18 +570,6 @@ def test_refuses_unknown_layers_and_layouts():
         connector_for({"layer": layer_of_picky}).register({"layer": torch.zeros(4, 2, 32, 64)})
     with pytest.raises(UnsupportedKVLayout, match="as they are"):
         connector_for({"layer": layer}).register({"layer": torch.zeros(4, 2, 32, 64)})
-
-
-def test_long_model_names_fit_into_keys():
-    from lmcache.utils import CacheEngineKey
-
-    for name in ("meta-llama/Llama-3.1-8B-Instruct", "/a" * 200 + "/model", "/x/a@b", "tiny-llama"):
-        short = kv_connector.short_model_name(name, 8)
-        key = CacheEngineKey(short, 8, 7, 2**256 - 1, torch.bfloat16, {"lmcache.tag.r": "12345678"})
-        assert len(key.to_string()) <= MAX_KEY_LENGTH
-        assert "@" not in short
-    assert kv_connector.short_model_name("meta-llama/Llama-3.1-8B-Instruct", 8) == "meta-llama/Llama-3.1-8B-Instruct"
-    assert kv_connector.short_model_name("/a" * 200, 1) != kv_connector.short_model_name("/b" * 200, 1)
 
 
 def test_is_lmcaches_connector_to_vllm_and_to_the_gaudi_plugin():

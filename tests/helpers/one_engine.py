@@ -1,0 +1,126 @@
+"""One vLLM engine that stores KV and loads it again, for tests of what is reused and whether answers stay equal.
+
+    python tests/helpers/one_engine.py SPEC.json ANSWERS.json
+
+The spec has ``arguments`` (as for ``vllm serve``) and ``steps``. Each step is a list of requests that are in flight
+together, or "reset": forget vLLM's own prefix cache, so that what comes next is in the store or nowhere. A request has
+``prompt`` (token ids) and may have ``max_tokens``, ``salt``, ``lora`` ([name, number, path]), ``params``
+(``kv_transfer_params``) and ``image`` (a seed).
+
+Answers: for each step of requests their token ids and ``cached_tokens``, the tokens that the workers say they loaded,
+and the states that the engine announced once the step's KV was in the store, or was told not to be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+ANNOUNCED_WITHIN_S = 60.0
+QUIET_S = 0.05
+
+
+class Announcements:
+    """What the connector says about requests (kv/visibility.py)."""
+
+    def __init__(self) -> None:
+        name = f"one-engine-{uuid.uuid4().hex}"
+        os.environ["DISAGG_KV_VISIBILITY"] = f"@{name}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(f"\0{name}")
+
+    def take(self, count: int) -> list[str]:
+        """States of ``count`` requests, when all have been said."""
+        ended: dict[str, list[str]] = {}
+        begun: set[str] = set()
+        while len(ended) < count or not begun <= ended.keys():
+            self._socket.settimeout(ANNOUNCED_WITHIN_S)
+            message = json.loads(self._socket.recv(4096))
+            if "state" not in message:
+                begun.add(message["id"])
+                continue
+            said = ended.setdefault(message["id"], [])
+            said.append(message["state"])
+            if len(said) < message["ranks"] and message["state"] != "none":
+                begun.add(message["id"])
+        return [max(states) for states in ended.values()]
+
+
+def make_llm(arguments: list[str]) -> Any:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    engine_args = EngineArgs.from_cli_args(parser.parse_args(arguments))
+    engine_args.disable_log_stats = False
+    return LLM.from_engine_args(engine_args)
+
+
+def prompt_of(request: dict[str, Any]) -> dict[str, Any]:
+    prompt: dict[str, Any] = {"prompt_token_ids": request["prompt"]}
+    if "salt" in request:
+        prompt["cache_salt"] = request["salt"]
+    if "image" in request:
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.random.default_rng(request["image"]).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        prompt["multi_modal_data"] = {"image": Image.fromarray(pixels)}
+    return prompt
+
+
+def run(llm: Any, announcements: Announcements, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=request.get("max_tokens", 12),
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": request["params"]} if "params" in request else None,
+        )
+        for request in requests
+    ]
+    adapters = [LoRARequest(*request["lora"]) if "lora" in request else None for request in requests]
+    before = loaded_tokens()
+    outputs = llm.generate([prompt_of(r) for r in requests], params, lora_request=adapters, use_tqdm=False)
+    states = announcements.take(len(requests))
+    return {
+        "requests": [{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens or 0} for o in outputs],
+        "loaded": loaded_tokens() - before,
+        "states": states,
+    }
+
+
+def loaded_tokens() -> int:
+    from prometheus_client import REGISTRY
+
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+    return sum(int(sample.value) for sample in samples if sample.name == "disagg_kv_loaded_tokens_total")
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    announcements = Announcements()
+    llm = make_llm(spec["arguments"])
+    answers = []
+    for step in spec["steps"]:
+        if step == "reset":
+            assert llm.reset_prefix_cache(), "the prefix cache is in use"
+        else:
+            answers.append(run(llm, announcements, step))
+    Path(sys.argv[2]).write_text(json.dumps(answers))
+    llm.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # all is ended: the interpreter's own clean-up would take seconds
+
+
+if __name__ == "__main__":  # vLLM starts its engine as a process that imports this file again
+    main()
