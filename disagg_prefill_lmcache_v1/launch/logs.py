@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 READ_BYTES = 4 << 20  # of the end of a log
+START_BYTES = 1 << 18  # of the log of a start
 TAIL_LINES = 15
 CAUSE_LINES = 4  # an exception's text may have several
 LINE_LIMIT = 400  # characters
@@ -26,13 +27,15 @@ _PREFIX = re.compile(
     r"|(?P<uvicorn>INFO|WARNING|ERROR|CRITICAL):\s+)?"
 )
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Timeout|Interrupt|Exit|Died)(?:: .*)?")
-_ERROR = re.compile(r"(?:[\w./-]+: )*(?:fatal |value )?error: .*|[\w./-]+: --[\w-]+ .*", re.IGNORECASE)
-_FOLLOW_UP = re.compile(
-    r"root cause|stack trace|see (?:the )?(?:log|error)s? above|EngineDeadError|Engine core initialization failed|"
-    r"EngineCore encountered|WorkerProc initialization failed|cancelled_error|CancelledError|KeyboardInterrupt|"
-    r"SystemExit|BrokenPipeError|resource_tracker",
-    re.IGNORECASE,
+_ERROR = re.compile(
+    r"(?:[\w./-]+: )*(?:fatal (?:\w+ )?)?error: .*|[\w./-]+: --[\w-]+ .*|\s*what\(\): .*", re.IGNORECASE
 )
+_FOLLOW_UP = re.compile(r"root cause|stack trace|EngineDeadError|\w+ initialization failed", re.IGNORECASE)
+_END = re.compile(
+    r"(?:\w+\.)*(?:CancelledError|KeyboardInterrupt|SystemExit|BrokenPipeError)"
+)  # what ends because others do
+# Of an exception's text: not a further line.
+_OTHER = re.compile(r"Traceback|During handling|The above exception|\s+For further information visit|\s+File \"")
 # What vLLM says when its engine will not come up, whether its API server ends then or not.
 _START_FAILED = re.compile(r"EngineCore failed to start|WorkerProc failed to start|Engine core initialization failed")
 
@@ -49,14 +52,18 @@ def read_end(path: Path, size: int = READ_BYTES) -> list[str]:
 def root_cause(lines: Sequence[str]) -> list[str]:
     """The lines that name why a server failed; none if nothing looks like it."""
     stripped = [_strip(line) for line in lines]
-    exceptions = [
-        index for index, (text, _) in enumerate(stripped) if _EXCEPTION.fullmatch(text) and not _FOLLOW_UP.search(text)
-    ]
-    if exceptions:
-        index = exceptions[-1]
-        return _cut([stripped[index][0], *_continued(lines, stripped, index)])
+    found: list[int] = []
+    for index, (text, _) in enumerate(stripped):
+        if not _EXCEPTION.fullmatch(text) or _END.match(text):
+            continue
+        if not _FOLLOW_UP.search(text):
+            found.append(index)
+        elif found:
+            break  # what comes after it is the noise of the end
+    if found:
+        return _cut([stripped[found[-1]][0], *_continued(lines, stripped, found[-1])])
     for text, is_error in reversed(stripped):
-        if (is_error or _ERROR.fullmatch(text)) and text.strip() and not _FOLLOW_UP.search(text):
+        if text.strip() and (is_error or _ERROR.fullmatch(text)) and not _FOLLOW_UP.search(text):
             return _cut([text])
     return []
 
@@ -64,10 +71,8 @@ def root_cause(lines: Sequence[str]) -> list[str]:
 def _strip(line: str) -> tuple[str, bool]:
     """A line without what a logger has put before it, and whether that said error."""
     match = _PREFIX.match(line)
-    if match is None:
-        return line, False
-    level = match["level"] or match["lmcache"] or match["uvicorn"] or ""
-    return line[match.end() :], level in ("ERROR", "CRITICAL")
+    assert match is not None  # all of it may be missing
+    return line[match.end() :], bool({"ERROR", "CRITICAL"}.intersection(match.groups()))
 
 
 def _continued(lines: Sequence[str], stripped: Sequence[tuple[str, bool]], index: int) -> list[str]:
@@ -76,12 +81,7 @@ def _continued(lines: Sequence[str], stripped: Sequence[tuple[str, bool]], index
     found = []
     for line, (text, _) in zip(lines[index + 1 :], stripped[index + 1 :], strict=True):
         same = line.startswith(prefix) if prefix else text.startswith("  ")
-        if (
-            not same
-            or not text.strip()
-            or _EXCEPTION.fullmatch(text)
-            or text.startswith(("Traceback", "During", "The "))
-        ):
+        if not same or not text.strip() or _EXCEPTION.fullmatch(text) or _OTHER.match(text):
             break
         found.append(text)
     return found
@@ -93,7 +93,7 @@ def _cut(lines: list[str]) -> list[str]:
 
 def start_problem(path: Path) -> str:
     """Why a vLLM server will not start, by its log; "" while there is no sign of it."""
-    lines = read_end(path)
+    lines = read_end(path, START_BYTES)
     if not any(_START_FAILED.search(line) for line in lines):
         return ""
     return " ".join(" ".join(root_cause(lines)).split()) or "its engine failed"

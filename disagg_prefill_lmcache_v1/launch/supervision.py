@@ -128,6 +128,10 @@ class Supervisor:
         self._groups.add(child.pid)
         return child
 
+    def release(self, child: Child) -> None:
+        """Its end is no fault from here on; what is left of it is ended with the stack all the same."""
+        self._children.remove(child)
+
     def check(self, may_end: Child | None = None) -> int | None:
         """The exit status of ``may_end`` if it has ended. Raises Failure for any other child that has, Interrupted."""
         if self._signal is not None:
