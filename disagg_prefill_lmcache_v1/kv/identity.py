@@ -52,13 +52,25 @@ def request_digest(adapter: str | None, cache_salt: str | None, tags: Iterable[t
 
 
 class Identities:
-    """Gives requests their identity; the scheduler's side. Every method may meet a request again."""
+    """Tells requests apart by all that their KV depends on beside tokens and model; the scheduler's side."""
 
     def __init__(self) -> None:
         self._adapters = Adapters()
 
+    def digest(self, request: Any, tags: Iterable[tuple[str, Any]] = ()) -> str | None:
+        """Of what the request adds (see :func:`request_digest`); None if that cannot be told.
+
+        Args:
+            request: vLLM's, of the scheduler.
+        """
+        adapter = getattr(request, "lora_request", None)
+        content = self._adapters.digest(adapter) if adapter is not None else None
+        if adapter is not None and content is None:
+            return None
+        return request_digest(content, getattr(request, "cache_salt", None) or None, tags)
+
     def give(self, request: Any) -> None:
-        """Replace what the client sent for LMCache and vLLM's transfer by what the keys need.
+        """Replace what the client sent for LMCache and vLLM's transfer by what the keys need; may meet it again.
 
         Args:
             request: vLLM's, of the scheduler. Its sampling parameters are replaced, not changed: others may hold them.
@@ -75,14 +87,11 @@ class Identities:
 
     def _configs(self, request: Any, given: Any) -> Configs:
         given = given if isinstance(given, Mapping) else {}
-        adapter = getattr(request, "lora_request", None)
-        content = self._adapters.digest(adapter) if adapter is not None else None
-        configs = Configs()
-        if given.get(SKIP_SAVE) or (adapter is not None and content is None):
+        tags = [(name, value) for name, value in given.items() if str(name).startswith("lmcache.tag.")]
+        identity = self.digest(request, tags)
+        configs = Configs() if identity is None else Configs({TAG: identity})
+        if identity is None or given.get(SKIP_SAVE):
             configs[SKIP_SAVE] = True
-        if adapter is None or content is not None:
-            tags = [(name, value) for name, value in given.items() if str(name).startswith("lmcache.tag.")]
-            configs[TAG] = request_digest(content, getattr(request, "cache_salt", None), tags)
         items = [
             [feature.mm_position.offset, str(feature.identifier)]
             for feature in getattr(request, "mm_features", None) or ()

@@ -5,7 +5,7 @@ The transfer, the keys and the server are LMCache's own. Added here is what disa
 - a server that is killed, frozen, restarted or full costs reuse, never an engine, an answer or more than the deadline
   (mp_client.py);
 - word of when a request's KV can be found (mp_confirm.py, visibility.py);
-- requests with another LoRA adapter have other keys: LMCache's know the adapter's name at most;
+- requests with other weights, of the model or of a LoRA adapter, have other keys: LMCache's know names at most;
 - what a client may send never ends the engine: a ``cache_salt`` or ``kv_transfer_params`` that LMCache cannot take;
 - an idle engine sleeps while it waits for a lookup. vLLM asks again and again instead, with empty steps that keep every
   core busy: on few cores the server it waits for gets no time (lookups of 10 s with two ranks);
@@ -14,11 +14,8 @@ The transfer, the keys and the server are LMCache's own. Added here is what disa
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import time
-from pathlib import Path
+import uuid
 from typing import Any
 
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
@@ -26,6 +23,8 @@ from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 from lmcache.logging import init_logger
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from disagg_prefill_lmcache_v1.kv.fingerprint import digest, model_fingerprint
+from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
 from disagg_prefill_lmcache_v1.kv.mp_client import GuardedWorker, PatientClient
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
@@ -88,6 +87,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
                 self._confirmer = Confirmer(self.worker_adapter, self._announcer, wait_timeout_s())
         else:
             self._idle = True
+            self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
             self._book = LoadBook(LoadPolicy(mode_from_environment()), self._ranks)
             adapter = self.scheduler_adapter
             self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
@@ -171,9 +171,10 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         known = self.request_trackers.get(request.request_id)
         tracker = super()._get_or_create_request_tracker(request)
         if tracker is not known:
-            tracker.cache_salt = cache_salt_of(request)
+            salt = cache_salt_of(request, self._fingerprint, self._identities)
+            tracker.cache_salt = salt or uuid.uuid4().hex  # nobody's
             tracker.request_configs = None  # no part of a key, and LMCache does not check them
-            tracker.max_offload_tokens = 0 if skips_save(request) else None
+            tracker.max_offload_tokens = 0 if salt is None or skips_save(request) else None
         return tracker
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -267,33 +268,14 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         return None
 
 
-def cache_salt_of(request: Any) -> str:
-    """What keeps KV of this request apart from other requests' of the same tokens, as LMCache takes it; "" for nothing.
+def cache_salt_of(request: Any, fingerprint: str, identities: Identities) -> str | None:
+    """What keeps KV of this request apart from other requests' of the same tokens, as LMCache takes it.
 
-    LMCache refuses salts with some characters or of more than 128, inside the engine, which ends it: hence a digest.
+    Model, adapter and the client's salt in one digest: LMCache knows a model and an adapter by name alone, and refuses
+    salts with some characters or of more than 128, inside the engine, which ends it. None: it cannot be told.
     """
-    lora = getattr(request, "lora_request", None)
-    parts = {"salt": request.cache_salt or "", "lora": adapter_digest(lora.lora_path) if lora is not None else ""}
-    if not any(parts.values()):
-        return ""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def adapter_digest(folder: str) -> str:
-    """Of a LoRA adapter's files: the name is the server's own choice, and another one's may be the same."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return _digest(tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)) or folder
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for name, _, size in files:
-        digest.update(f"{Path(name).name} {size} ".encode())
-        with open(name, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else ""
+    identity = identities.digest(request)
+    return None if identity is None else digest(fingerprint, identity)
 
 
 def skips_save(request: Any) -> bool:

@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: LMCache's connector i
 from launch_harness import wait_until
 from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
 
+from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.mp import cache_salt_of, skips_save, take_deadline
 from disagg_prefill_lmcache_v1.kv.mp_client import Reply
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
@@ -186,15 +187,19 @@ def request(salt=None, lora=None, parameters=None):
     return types.SimpleNamespace(cache_salt=salt, lora_request=adapter, sampling_params=sampling)
 
 
-def test_plain_requests_share_their_kv():
-    assert cache_salt_of(request()) == cache_salt_of(request(salt="")) == ""
+def salt_of(request, fingerprint="model", identities=None):
+    return cache_salt_of(request, fingerprint, identities or Identities())
+
+
+def test_plain_requests_of_a_model_share_their_kv():
+    assert salt_of(request()) == salt_of(request(salt=""))
+    assert salt_of(request()) != salt_of(request(), "new weights")
 
 
 @pytest.mark.parametrize("salt", ["a", "a/b", "x@y", "\\", "\x00", "s" * 1000, "ü" * 200])
 def test_any_salt_is_one_that_lmcache_takes(engine, salt):
-    made = cache_salt_of(request(salt=salt))
-    assert made
-    assert made != cache_salt_of(request(salt=salt + "b"))
+    made = salt_of(request(salt=salt))
+    assert made != salt_of(request(salt=salt + "b"))
     engine.worker._create_key(prompt(), 0, 4 * BLOCK, request_id="r", cache_salt=made)
 
 
@@ -203,12 +208,13 @@ def test_adapters_are_told_apart_by_content_not_by_name(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 8}))
-    a, b, copy = (cache_salt_of(request(lora=tmp_path / name)) for name in ("a", "b", "copy-of-a"))
+    identities = Identities()
+    a, b, copy = (salt_of(request(lora=tmp_path / name), "m", identities) for name in ("a", "b", "copy-of-a"))
     assert a == copy
-    assert len({a, b, "", cache_salt_of(request(salt="a", lora=tmp_path / "a"))}) == 4
+    assert len({a, b, salt_of(request(), "m"), salt_of(request(salt="a", lora=tmp_path / "a"), "m")}) == 4
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"3")
     os.utime(tmp_path / "a" / "adapter_model.safetensors", (1, 1))
-    assert cache_salt_of(request(lora=tmp_path / "a")) not in (a, b, "")
+    assert salt_of(request(lora=tmp_path / "a"), "m", identities) is None, "vLLM may still have the old weights"
 
 
 def test_who_asks_not_to_be_stored():
