@@ -264,7 +264,8 @@ def table(cls: type, *, prefix: str) -> str:
         if "kind" not in meta:
             continue
         names = [flag_of(field.name), *meta["aliases"]] if meta["flag"] else []
-        text = meta["help"] + (f": {', '.join(meta['choices'])}" if meta["choices"] else "")
+        told = all(choice in meta["help"] for choice in meta["choices"])
+        text = meta["help"] + ("" if told else f": {', '.join(meta['choices'])}")
         cells = [
             ", ".join(f"`{name}`" for name in names),
             f"`{env_of(field, prefix)}`" if env_of(field, prefix) else "",
