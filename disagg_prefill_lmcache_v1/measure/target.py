@@ -110,11 +110,9 @@ async def counted_since(
 def without_reuse() -> dict[str, Any]:
     """Request fields with which a server computes the whole prompt and leaves no trace in the KV store.
 
-    The salt keeps the request away from vLLM's cached blocks, the tag from LMCache's chunks (it is part of their keys;
-    short, because a key is limited to 150 bytes).
+    The salt keeps the request away from vLLM's cached blocks and from the store's chunks: it is part of their keys.
     """
-    salt = uuid.uuid4().hex
-    return {"cache_salt": salt, "kv_transfer_params": {"lmcache.tag.r": salt[:8], "lmcache.skip_save": True}}
+    return {"cache_salt": uuid.uuid4().hex, "kv_transfer_params": {"lmcache.skip_save": True}}
 
 
 async def calibrate(session: aiohttp.ClientSession, settings: Settings, target: Target, seed: int) -> float | None:
