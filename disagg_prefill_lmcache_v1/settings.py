@@ -90,14 +90,16 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line in one line and exits with status 2."""
+    """Tells a wrong command line in one line, which begins with ``lead`` or its name, and exits with status 2."""
+
+    lead = ""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^unrecognized arguments: (-\S+).*", r"unknown flag \1", message)
         message = re.sub(r"^unrecognized arguments: (\S+).*", r"unexpected argument '\1'", message)
         message = re.sub(r"^argument (--[\w-]+)\S*: expected .*argument$", r"\1 needs a value", message)
         message = re.sub(r"^argument (--[\w-]+)\S*: ignored explicit argument .*", r"\1 takes no value", message)
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.lead or f'{self.prog}: error'}: {message} (see --help)\n")
 
 
 def parser_of(cls: type, *, prefix: str, prog: str | None = None, description: str = "", epilog: str = "") -> Parser:
@@ -232,7 +234,7 @@ def check(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         good = good and (low is None or value >= low) and (high is None or value <= high)
         good = good and (above is None or value > above)
     if not good:
-        raise SettingsError(f"{source} {value if isinstance(value, float) else repr(str(value))}: "
+        raise SettingsError(f"{source} {f'{value:g}' if isinstance(value, float) else repr(str(value))}: "
                             f"allowed: {allowed_text(field)}")  # fmt: skip
     return value
 

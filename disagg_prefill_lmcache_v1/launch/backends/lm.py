@@ -1,0 +1,23 @@
+"""LMCache's own server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from disagg_prefill_lmcache_v1.launch.backends.base import Backend
+from disagg_prefill_lmcache_v1.settings import setting
+
+
+@dataclass(frozen=True)
+class Lm(Backend):
+    name: ClassVar[str] = "lm"
+    default_port: ClassVar[int] = 8300
+    title: ClassVar[str] = "LMCache's own server"
+    schemes: ClassVar[tuple[str, ...]] = ("lm",)
+    program_variable: ClassVar[str] = "KV_SERVER_PROGRAM"
+
+    kv_server_program: str = setting("{python} -m lmcache.v1.server", "words that start LMCache's server", flag=False)
+
+    def server(self) -> list[str]:
+        return [*self.kv_server_program.split(), self.host, str(self.port)]

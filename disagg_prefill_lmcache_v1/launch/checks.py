@@ -1,0 +1,215 @@
+"""What is refused before anything is started or installed: ports, cards, programs, disk space, tokens, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from disagg_prefill_lmcache_v1.launch.commands import build_command
+from disagg_prefill_lmcache_v1.launch.messages import Failure, info
+from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
+from disagg_prefill_lmcache_v1.launch.ports import is_listening
+from disagg_prefill_lmcache_v1.launch.preflight import WARNING
+from disagg_prefill_lmcache_v1.launch.settings import Settings
+
+PROGRAM_VARIABLES = {"prefiller": "VLLM_PROGRAM", "decoder": "VLLM_PROGRAM", "proxy": "PROXY_PROGRAM"}
+
+
+class Problems:
+    """Problems found so far, once each: two roles may share one."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        if line and line not in self.lines:
+            self.lines.append(line)
+
+    def report(self) -> None:
+        """Tells all of them and raises Failure."""
+        for line in self.lines[:-1]:
+            info(f"error: {line}")
+        if self.lines:
+            raise Failure(self.lines[-1])
+
+
+def check_machine(plan: Plan[Settings], roles: Sequence[str]) -> None:
+    """What can be known before anything is installed. Roles: whose ports and programs matter. Raises Failure."""
+    problems = Problems()
+    problems.add(cards_problem(plan))
+    for role in roles:
+        problems.add(program_problem(plan, role))
+        for port, name in role_ports(plan, role):
+            problems.add(port_problem(plan, port, name))
+        if role in ROLES:
+            config = build_command(plan, role).environment.get("LMCACHE_CONFIG_FILE")
+            if config and not os.access(config, os.R_OK):
+                problems.add(f"cannot read LMCache's settings {config}")
+    problems.add(run_dir_problem(plan))
+    interpreter = plan.interpreter
+    if interpreter.kind == "bundle" and not interpreter.exists:
+        problems.add(space_problem(interpreter.venv, int(plan.profile.get("SETUP_GIB")), "set-up"))
+    problems.add(token_problem(plan))
+    if plan.settings.device == "hpu":
+        for line in hpu_problems(plan):
+            problems.add(line)
+    chunk_warning(plan)
+    problems.report()
+
+
+def cards_problem(plan: Plan[Any]) -> str:
+    """Too few cards."""
+    cards, settings = plan.cards, plan.settings
+    if not cards.too_few:
+        return ""
+    return (
+        f"{cards.found} {settings.device} card(s) found, {cards.needed} needed for two servers of tensor parallel size "
+        f"{settings.tensor_parallel_size}: free some, or choose another --device"
+    )
+
+
+def program_problem(plan: Plan[Settings], role: str) -> str:
+    """A server whose program is not there. Redis is left to set-up, which may install it."""
+    if role == "kv-server" and plan.backend.name == "redis":
+        return ""
+    first = build_command(plan, role).words[0]
+    if first == plan.interpreter.path or shutil.which(first):
+        return ""
+    name = PROGRAM_VARIABLES.get(role) or plan.backend.program_variable
+    return f"the program {first} is missing: install it, or name another with {name}"
+
+
+def role_ports(plan: Plan[Settings], role: str) -> list[tuple[int, str]]:
+    """The ports that a server listens on, each with its setting's name."""
+    kv_ports = [(plan.backend.port + index, "kv_port") for index in range(plan.backend.ports)]
+    if role == "kv-server":
+        return kv_ports
+    own = (getattr(plan.settings, f"{role}_port"), f"{role}_port")
+    return [own, *kv_ports] if role == "decoder" and not plan.backend.starts_server else [own]
+
+
+def port_problem(plan: Plan[Settings], port: int, name: str) -> str:
+    """A port that something listens on."""
+    if not is_listening(port):
+        return ""
+    return f"port {port} is used by another program: stop it, or give another {plan.configuration.source(name)}"
+
+
+def run_dir_problem(plan: Plan[Settings]) -> str:
+    """A run directory that cannot be made, written to, or is too full."""
+    run_dir = plan.run_dir
+    with contextlib.suppress(OSError):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    if not run_dir.is_dir() or not os.access(run_dir, os.W_OK):
+        return f"{plan.configuration.source('run_dir')} '{run_dir}' cannot be written to"
+    return space_problem(run_dir, int(plan.profile.get("RUN_DIR_GIB")), "logs and results")
+
+
+def space_problem(folder: Path, gib: int, purpose: str) -> str:
+    """Too little room on the disk of a folder that may not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free >> 30
+    if free >= gib:
+        return ""
+    return f"{folder} has {free} GiB free, {purpose} need(s) {gib} GiB: free some, or use another place"
+
+
+def token_problem(plan: Plan[Any]) -> str:
+    """A gated model needs a token unless it lies in the cache already."""
+    environ, name = plan.environ, plan.model.name
+    gated = any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.profile.words("GATED_MODELS"))
+    if plan.model.is_local or not gated:
+        return ""
+    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    token = home / "token"
+    has_token = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN")
+    if has_token or (token.is_file() and token.stat().st_size) or (cache / "snapshots").is_dir():
+        return ""
+    return f"the model {name} is gated: set HF_TOKEN to a Hugging Face token with access, or choose another --model"
+
+
+def hpu_problems(plan: Plan[Any]) -> list[str]:
+    """What makes Gaudi's contiguous paged attention move KV blocks behind LMCache's back: wrong KV, no error."""
+    words = vllm_words(plan)
+    cause = "Gaudi's plugin then moves KV blocks, and LMCache would store and load wrong ones"
+    problems = []
+    if plan.environ.get("VLLM_CONTIGUOUS_PA", "").lower() in ("1", "true", "yes", "on"):
+        problems.append(f"VLLM_CONTIGUOUS_PA={plan.environ['VLLM_CONTIGUOUS_PA']}: unset it; {cause}")
+    if "--no-enable-prefix-caching" in words or "--enable-prefix-caching=false" in (word.lower() for word in words):
+        problems.append(f"--no-enable-prefix-caching is not possible on hpu: leave it out; {cause}")
+    return problems
+
+
+def vllm_words(plan: Plan[Any]) -> list[str]:
+    """The profile's and the caller's own arguments of vLLM."""
+    return [*plan.profile.words("VLLM_ARGS"), *plan.configuration.vllm_arguments]
+
+
+def chunk_warning(plan: Plan[Any]) -> None:
+    """Tells of a chunk size that is no multiple of vLLM's block size, where both are known."""
+    block = plan.profile.get("BLOCK_SIZE")
+    words = [part for word in vllm_words(plan) for part in word.split("=", 1)]
+    for flag, value in itertools.pairwise(words):
+        block = value if flag == "--block-size" else block
+    chunk = plan.environ.get("LMCACHE_CHUNK_SIZE", "")
+    config = plan.backend.environment("decoder", plan.environ).get("LMCACHE_CONFIG_FILE")
+    if not chunk and config:
+        with contextlib.suppress(OSError):
+            match = re.search(r"^chunk_size:\s*(\d+)", Path(config).read_text(), re.MULTILINE)
+            chunk = match.group(1) if match else ""
+    if block.isdigit() and chunk.isdigit() and int(block) and int(chunk) % int(block):
+        info(f"warning: LMCache's chunk size {chunk} is no multiple of the block size {block}: the rest is not reused")
+
+
+def lock_run_dir(plan: Plan[Settings]) -> int:
+    """Keeps other runs out of the run directory until this process ends. Returns the descriptor. Raises Failure."""
+    descriptor = os.open(plan.run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Failure(
+            f"another run writes its logs to {plan.run_dir}: wait for its end, or give another "
+            f"{plan.configuration.source('run_dir')}"
+        ) from None
+    return descriptor
+
+
+def check_python(plan: Plan[Any]) -> None:
+    """Modules and versions, and a Redis that is not started here. Raises Failure."""
+    interpreter = plan.interpreter
+    if not interpreter.exists:
+        raise Failure(f"the Python {interpreter.path} is missing: check DISAGG_PYTHON")
+    modules = [*plan.profile.words("REQUIRED_MODULES"), *plan.profile.words("DEVICE_MODULES"), *plan.backend.modules]
+    imports = [*plan.profile.words("DEVICE_IMPORTS"), *plan.backend.imported]
+    words = ["--device", plan.settings.device, "--modules", *modules]
+    words += ["--imports", *imports] if imports else []
+    redis_url = plan.backend.url if plan.backend.name == "redis" else ""
+    answer = interpreter.ask(*words, environ={**plan.environ, "DISAGG_REDIS_URL": redis_url})
+    problems = Problems()
+    for line in answer.stdout.splitlines():
+        if line.startswith(WARNING):
+            info(line)
+        else:
+            problems.add(line)
+    if answer.returncode and not problems.lines:
+        last = answer.stderr.strip().splitlines()[-1:] or [f"exit status {answer.returncode}"]
+        problems.add(f"the Python {interpreter.path} cannot be used: {last[0]}")
+    problems.report()
+
+
+def check_redis_answers(plan: Plan[Any]) -> None:
+    """PING to the Redis that was started here. Raises Failure."""
+    answer = plan.interpreter.ask(environ={**plan.environ, "DISAGG_REDIS_URL": plan.backend.store_url})
+    if answer.returncode:
+        raise Failure((answer.stdout.strip().splitlines() or ["the KV server cannot be used"])[-1])

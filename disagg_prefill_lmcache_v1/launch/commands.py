@@ -1,0 +1,158 @@
+"""The command line and the environment of every process of the stack. Pure: a plan in, commands out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from disagg_prefill_lmcache_v1.launch.messages import mask_passwords
+from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
+from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE, REPOSITORY
+from disagg_prefill_lmcache_v1.launch.settings import Settings
+
+VLLM_PROGRAMS = {"module": "{python} -m vllm.entrypoints.openai.api_server --model", "vllm": "vllm serve"}
+# What makes the two roles differ, besides their ports and cards.
+KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer"}
+SERVER_ARGUMENTS = {
+    "prefiller": ("--middleware", "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible"),
+    "decoder": (),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program, what its environment has beyond the caller's, and the variables that it must not inherit."""
+
+    name: str
+    words: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    clears: tuple[str, ...] = ()
+
+    def full_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """The environment it runs with."""
+        kept = {name: value for name, value in environ.items() if name not in self.clears}
+        return {**kept, **self.environment}
+
+    def shell_line(self, environ: Mapping[str, str]) -> str:
+        """One line to read and to paste, without passwords."""
+        unset = [word for name in self.clears if name in environ for word in ("-u", name)]
+        pairs = [f"{name}={shlex.quote(mask_passwords(value))}" for name, value in self.environment.items()]
+        words = [shlex.quote(mask_passwords(word)) for word in self.words]
+        return " ".join(["env", *unset, *pairs, *words])
+
+
+def fill(words: Sequence[str], python: str) -> list[str]:
+    """Words of a command with the interpreter and this package's folder filled in."""
+    return [word.replace("{python}", python).replace("{package}", str(PACKAGE)) for word in words]
+
+
+def build_command(plan: Plan[Settings], role: str) -> Command:
+    """The command of ``prefiller``, ``decoder``, ``proxy``, ``kv-server``, ``load``, ``calibration`` or ``model``."""
+    if role in ROLES:
+        return vllm_server(plan, role)
+    words = {
+        "proxy": _proxy,
+        "kv-server": kv_server,
+        "load": _load,
+        "calibration": lambda plan: [*_load(plan), "--calibrate", "only"],
+        "model": model_builder,
+    }[role](plan)
+    return Command(role, tuple(words), common_environment(plan), ("PROMETHEUS_MULTIPROC_DIR",))
+
+
+def common_environment(plan: Plan[Any]) -> dict[str, str]:
+    """Of every process: where this package lies, and the device."""
+    path = plan.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": f"{REPOSITORY}:{path}" if path else str(REPOSITORY),
+        "DISAGG_DEVICE": plan.settings.device,
+    }
+
+
+# --- vLLM
+
+
+def vllm_server(plan: Plan[Settings], role: str) -> Command:
+    """A vLLM server of the example."""
+    port = server_port(plan, role)
+    text = plan.settings.vllm_program
+    words = fill(VLLM_PROGRAMS.get(text, text).split(), plan.interpreter.path)
+    words += [plan.model.name, "--host", plan.host, "--port", str(port), "--served-model-name", plan.model.served_name]
+    words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, f"{role}-{port}")]
+    words += [*SERVER_ARGUMENTS[role], *plan.configuration.vllm_arguments]
+    environment = engine_environment(plan, role)
+    if role == "prefiller":
+        environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
+    # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
+    return Command(role, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
+
+
+def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
+    """What vLLM's engine of a role is given, in a server or by itself; ``name`` is unique to it."""
+    transfer = plan.backend.transfer_config(KV_ROLES[role], name)
+    words = ["--tensor-parallel-size", str(plan.settings.tensor_parallel_size)]
+    words += ["--max-model-len", str(plan.settings.max_model_len)]
+    words += ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":")), *plan.profile.words("VLLM_ARGS")]
+    memory = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION" if plan.cards.shared else "GPU_MEMORY_UTILIZATION")
+    return words + (["--gpu-memory-utilization", memory] if memory else [])
+
+
+def engine_environment(plan: Plan[Any], role: str) -> dict[str, str]:
+    """The environment of vLLM's engine of a role, in a server or by itself."""
+    values = common_environment(plan) | plan.profile.child_environment(plan.environ)
+    values |= plan.backend.environment(role, plan.environ)
+    values["DISAGG_KV_LOAD"] = plan.settings.kv_load
+    if plan.model.is_local:
+        values["HF_HUB_OFFLINE"] = "1"
+    return values | plan.cards.environment(role)
+
+
+# --- the others
+
+
+def server_port(plan: Plan[Settings], role: str) -> int:
+    """Port of a server by its role."""
+    return plan.backend.port if role == "kv-server" else getattr(plan.settings, f"{role}_port")
+
+
+def _proxy(plan: Plan[Settings]) -> list[str]:
+    words = fill(plan.settings.proxy_program.split(), plan.interpreter.path)
+    words += ["--host", plan.host, "--port", str(plan.settings.proxy_port)]
+    for role in ROLES:
+        words += [f"--{role}-host", plan.host, f"--{role}-port", str(server_port(plan, role))]
+    return words
+
+
+def _load(plan: Plan[Settings]) -> list[str]:
+    settings = plan.settings
+    words = fill(settings.load_program.split(), plan.interpreter.path)
+    for role in ("proxy", *ROLES):
+        words += [f"--{role}-url", f"http://{plan.host}:{server_port(plan, role)}"]
+    values = {
+        "model": plan.model.served_name,
+        "num-prompts": settings.num_prompts,
+        "input-len": settings.input_len,
+        "output-len": settings.output_len,
+        "request-rate": f"{settings.request_rate:g}",
+        "max-model-len": settings.max_model_len,
+        "run-dir": plan.run_dir,
+        "device": settings.device,
+        "backend": settings.backend,
+        "tensor-parallel-size": settings.tensor_parallel_size,
+        "min-reuse-ratio": f"{settings.min_reuse_ratio:g}",
+        "kv-load": settings.kv_load,
+    }
+    return words + [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def model_builder(plan: Plan[Any]) -> list[str]:
+    """Builds the small model that the CPU serves."""
+    return [*fill(plan.settings.model_builder.split(), plan.interpreter.path), "--output", plan.model.name]
+
+
+def kv_server(plan: Plan[Any]) -> list[str]:
+    """The backend's server."""
+    return fill(plan.backend.server(), plan.interpreter.path)

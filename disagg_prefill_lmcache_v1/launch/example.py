@@ -1,0 +1,168 @@
+"""The whole example: KV server, prefill and decode server, proxy, load and probe. Leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
+from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
+from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
+from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
+from disagg_prefill_lmcache_v1.launch.prepare import prepare, settle
+from disagg_prefill_lmcache_v1.launch.settings import Settings, read_configuration
+from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor, Target
+
+# LMCache goes on without any reuse when it cannot work.
+UNHEALTHY = re.compile(r"LMCache is unhealthy|degraded mode|Failed to initialize .*remote", re.IGNORECASE)
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> int:
+    """Entry of the example script; returns the exit status."""
+    return exit_status(lambda: run(argv, environ, prog))
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> None:
+    """Raises Failure."""
+    configuration = read_configuration(
+        Settings, argv, environ, prog=prog, description="Runs the disaggregated prefill example."
+    )
+    plan = make_plan(configuration, environ)
+    settings = plan.settings
+    if settings.num_prompts and settings.input_len + settings.output_len > settings.max_model_len:
+        raise UsageError(
+            f"--input-len {settings.input_len} plus --output-len {settings.output_len} is more than --max-model-len "
+            f"{settings.max_model_len}"
+        )
+    if settings.dry_run:
+        dry_run(plan)
+        return
+    with Supervisor(grace_s=float(plan.profile.get("STOP_GRACE"))) as supervisor:
+        Example(plan, supervisor).run()
+
+
+def log_of(plan: Plan[Settings], role: str) -> Path:
+    """Log file of a server."""
+    return plan.run_dir / f"{role.replace('-', '_')}.log"
+
+
+def dry_run(plan: Plan[Settings]) -> None:
+    """Prints every command with its environment as a shell takes it."""
+    roles = ["model"] if plan.model.built else []
+    roles += ["kv-server"] if plan.backend.runs_server else []
+    roles += [*ROLES, "proxy"]
+    if not plan.settings.serve:
+        roles.append("load")
+    elif plan.settings.kv_load == "auto":
+        roles.append("calibration")
+    for role in roles:
+        log = "" if role in ("model", "load") else f" (log: {log_of(plan, role)})"
+        print(f"# {role}{log}\n{build_command(plan, role).shell_line(plan.environ)}")
+
+
+class Example:
+    """One run."""
+
+    def __init__(self, plan: Plan[Settings], supervisor: Supervisor) -> None:
+        self.plan = plan
+        self.supervisor = supervisor
+        self.children: dict[str, Child] = {}
+
+    def run(self) -> None:
+        """Raises Failure."""
+        self.prepare()
+        self.start_servers()
+        if self.plan.settings.serve:
+            self.serve()
+        else:
+            self.measure()
+
+    def prepare(self) -> None:
+        """Tells what will run, checks, sets up."""
+        plan, settings = self.plan, self.plan.settings
+        info(
+            f"device {settings.device} ({plan.configuration.device_reason}), backend {settings.backend}, "
+            f"tensor parallel size {settings.tensor_parallel_size}, model {plan.model.served_name}"
+        )
+        if plan.cards.shared:
+            share = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION")
+            info(f"one card for both servers: each takes {share} of its memory")
+        roles = [*ROLES, "proxy", *(["kv-server"] if plan.backend.runs_server else [])]
+        prepare(plan, self.supervisor, roles, own_run_dir=True)
+
+    def start(self, role: str) -> None:
+        command = build_command(self.plan, role)
+        words = with_masked_output(self.plan.backend.url, command.words)
+        environment = command.full_environment(self.plan.environ)
+        self.children[role] = self.supervisor.start(role, words, environment, log_of(self.plan, role))
+
+    def await_ready(self, timeout_s: float, roles: Sequence[str], path: str) -> None:
+        targets = [Target(self.children[role], server_port(self.plan, role), path) for role in roles]
+        self.supervisor.await_ready(timeout_s, targets)
+
+    def start_servers(self) -> None:
+        """All servers, until they are ready and LMCache works in both. Raises Failure."""
+        plan, profile, timeout = self.plan, self.plan.profile, self.plan.settings.ready_timeout
+        if plan.backend.runs_server:
+            self.plan = plan = settle(plan, self.supervisor.tick)
+            self.start("kv-server")
+            self.await_ready(float(profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
+            if plan.backend.name == "redis":
+                check_redis_answers(plan)
+        order = tuple(reversed(ROLES)) if plan.backend.decoder_first else ROLES
+        for role in order:
+            self.start(role)
+            # Servers on one card size their memory by what is free, so the second must come after the first.
+            if plan.cards.shared and role == order[0]:
+                self.await_ready(timeout, [role], "/health")
+        self.start("proxy")
+        proxy_timeout = float(profile.get("PROXY_READY_TIMEOUT"))
+        self.await_ready(proxy_timeout, ["proxy"], "/health")
+        self.await_ready(timeout, order, "/health")
+        self.await_ready(proxy_timeout, ["proxy"], "/ready")  # it has noticed both
+        self.check_lmcache()
+
+    def check_lmcache(self) -> None:
+        """LMCache goes on without any reuse when it cannot work; the example must not. Raises Failure."""
+        for role in ROLES:
+            log = log_of(self.plan, role)
+            with log.open(encoding="utf-8", errors="replace") as lines:
+                if any(UNHEALTHY.search(line) for line in lines):
+                    raise Failure(f"LMCache in the {role} works without its KV store", log)
+
+    def serve(self) -> None:
+        """Prints a request to try and stays until a signal or a death."""
+        plan = self.plan
+        if plan.settings.kv_load == "auto":  # the first request is already decided by measurements
+            command = build_command(plan, "calibration")
+            self.supervisor.run_step(
+                "measuring how fast the decoder computes", command.words, command.full_environment(plan.environ),
+                log_of(plan, "calibration"),
+            )  # fmt: skip
+        info("ready. Try:")
+        print(curl(plan), flush=True)
+        info(f"logs: {plan.run_dir}; Ctrl-C ends everything")
+        while True:
+            self.supervisor.tick()
+
+    def measure(self) -> None:
+        """Load and correctness probe. Raises Failure."""
+        plan = self.plan
+        command = build_command(plan, "load")
+        child = self.supervisor.start("load", command.words, command.full_environment(plan.environ), None)
+        status = self.supervisor.await_end(child)
+        if status:
+            raise Failure(f"the load or the correctness probe failed (exit status {status}; logs: {plan.run_dir})")
+        self.check_lmcache()
+        info(f"done; logs and summary.json: {plan.run_dir}")
+
+
+def curl(plan: Plan[Settings]) -> str:
+    """A request to paste; the proxy's key stays in its variable."""
+    body = json.dumps({"model": plan.model.served_name, "prompt": "Once upon a time", "max_tokens": 16})
+    key = ' -H "Authorization: Bearer $DISAGG_PROXY_API_KEY"' if plan.environ.get("DISAGG_PROXY_API_KEY") else ""
+    url = f"http://{plan.host}:{plan.settings.proxy_port}/v1/completions"
+    return f"curl {url} -H 'Content-Type: application/json'{key} -d '{body}'"

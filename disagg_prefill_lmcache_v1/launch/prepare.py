@@ -1,0 +1,34 @@
+"""From a plan to a machine that can run it: checks and set-up in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from disagg_prefill_lmcache_v1.launch.checks import check_machine, check_python, lock_run_dir
+from disagg_prefill_lmcache_v1.launch.plan import PORTS, ROLES, Plan
+from disagg_prefill_lmcache_v1.launch.ports import settle_kv_port
+from disagg_prefill_lmcache_v1.launch.settings import Settings
+from disagg_prefill_lmcache_v1.launch.setup import build_model, set_up_python, set_up_redis
+from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
+
+
+def prepare(plan: Plan[Settings], supervisor: Supervisor, roles: Sequence[str], *, own_run_dir: bool = False) -> None:
+    """Checks and set-up for these servers; ``own_run_dir``: no other run may use it meanwhile. Raises Failure."""
+    log = plan.run_dir / "setup.log"
+    check_machine(plan, roles)
+    if own_run_dir:
+        lock_run_dir(plan)
+        (plan.run_dir / "summary.json").unlink(missing_ok=True)  # an old one would pass for this run's
+    set_up_python(supervisor, plan.interpreter, plan.profile, plan.profile.get("SETUP_EXTRA"), log)
+    check_python(plan)
+    if "kv-server" in roles and plan.backend.name == "redis" and plan.backend.runs_server:
+        set_up_redis(supervisor, plan.backend.server()[0], log)
+    if set(roles) & set(ROLES):
+        build_model(supervisor, plan, log)
+
+
+def settle(plan: Plan[Settings], pause: Callable[[], None]) -> Plan[Settings]:
+    """The plan with a KV port that can be bound. Raises Failure."""
+    others = [getattr(plan.settings, name) for name in PORTS]
+    given = plan.configuration.given("kv_port")
+    return plan.with_kv_port(settle_kv_port(plan.backend.port, given=given, others=others, pause=pause))
