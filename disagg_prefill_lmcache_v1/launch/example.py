@@ -9,6 +9,7 @@ from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
 from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
@@ -100,7 +101,11 @@ class Example:
         self.children[role] = self.supervisor.start(role, words, environment, log_of(self.plan, role))
 
     def await_ready(self, timeout_s: float, roles: Sequence[str], path: str) -> None:
-        targets = [Target(self.children[role], server_port(self.plan, role), path) for role in roles]
+        targets = []
+        for role in roles:
+            log = log_of(self.plan, role)
+            problem = (lambda log=log: start_problem(log)) if role in ROLES else None
+            targets.append(Target(self.children[role], server_port(self.plan, role), path, problem))
         self.supervisor.await_ready(timeout_s, targets)
 
     def start_servers(self) -> None:

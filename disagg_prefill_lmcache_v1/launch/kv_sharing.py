@@ -35,6 +35,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.launch import profiles
+from disagg_prefill_lmcache_v1.launch.devices import assign_cards, choose_device
 from disagg_prefill_lmcache_v1.launch.profiles import Profile
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -200,7 +201,7 @@ def parse_settings(arguments: Sequence[str] | None = None, *, program: str, tens
             raise UsageError(f"--prompt-file {options.prompt_file}: {error}") from error
         if not prompt:
             raise UsageError(f"--prompt-file {options.prompt_file} is empty")
-    device = profiles.detect_device() if options.device == "auto" else options.device
+    device = choose_device(options.device)[0]
     profile = profiles.load_profile(device)
     longest = int(profile.settings["MAX_MODEL_LEN"]) - options.max_tokens
     if not prompt and options.prompt_len > longest:
@@ -264,20 +265,12 @@ def cards_of(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[s
     Raises:
         Failure: too few cards.
     """
-    variable = settings.of_profile("VISIBLE_DEVICES_VARIABLE")
-    if not variable:
-        return {role: {} for role in KV_ROLES}, False
-    need = 2 * settings.tensor_parallel_size * int(settings.of_profile("CARDS_PER_RANK"))
-    visible = environment.get(variable, "")
-    found = profiles.count_cards(settings.device) if visible in ("", "all") else len(visible.split(","))
-    shared = found == 1 and need == 2 and settings.of_profile("SHARED_GPU_MEMORY_UTILIZATION") != ""
-    if found < need and not shared and not settings.dry_run:
-        raise Failure(f"{found} {settings.device} cards found, {need} needed: use --device cpu to try it without")
-    try:
-        sets = settings.profile.card_sets(settings.tensor_parallel_size, environ=environment, shared=shared)
-    except profiles.ProfileError as error:
-        raise Failure(str(error)) from error
-    return dict(zip(KV_ROLES, sets, strict=True)), shared
+    cards = assign_cards(settings.profile, settings.tensor_parallel_size, tuple(KV_ROLES), environment)
+    if cards.too_few and not settings.dry_run:
+        raise Failure(
+            f"{cards.found} {settings.device} cards found, {cards.needed} needed: use --device cpu to try it without"
+        )
+    return {role: cards.environment(role) for role in KV_ROLES}, cards.shared
 
 
 def kv_server_command(settings: Settings, port: int, python: str) -> Command:
@@ -311,7 +304,7 @@ def instance_command(
     cards, shared = cards_of(settings, environment)
     vllm = ["--model", settings.model, "--tensor-parallel-size", str(settings.tensor_parallel_size)]
     vllm += ["--max-model-len", str(settings.max_model_len), "--kv-transfer-config", transfer_config]
-    vllm += settings.profile.vllm_arguments()
+    vllm += settings.profile.words("VLLM_ARGS")
     memory = settings.of_profile("SHARED_GPU_MEMORY_UTILIZATION" if shared else "GPU_MEMORY_UTILIZATION")
     vllm += ["--gpu-memory-utilization", memory] if memory else []
     vllm += settings.vllm_arguments

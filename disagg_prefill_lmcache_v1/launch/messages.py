@@ -153,8 +153,9 @@ def exit_status(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # what is still in the buffer goes nowhere, without a complaint at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # what is still in the buffers goes nowhere, without a complaint at the end
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + signal.SIGPIPE
     except Failure as failure:
         failed = failure

@@ -60,9 +60,12 @@ def parse_dry_run(text: str) -> dict[str, tuple[dict[str, str], list[str]]]:
         words = shlex.split(next(lines))
         assert words[0] == "env", words
         count = 1
+        while words[count] == "-u":
+            count += 2
+        first = count
         while "=" in words[count]:
             count += 1
-        commands[line[2:].split(" ")[0]] = (dict(word.split("=", 1) for word in words[1:count]), words[count:])
+        commands[line[2:].split(" ")[0]] = (dict(word.split("=", 1) for word in words[first:count]), words[count:])
     return commands
 
 
@@ -128,17 +131,6 @@ class Launch:
             raise AssertionError(f"the script did not end:\n{out}\n{err}") from None
         assert self.running() == [], f"left running after:\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def bash(self, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A piece of bash with the library sourced."""
-        return subprocess.run(
-            ["bash", "-Eeuo", "pipefail", "-c", f"source {PACKAGE}/lib.sh\n{body}"],
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
 
     def record(self, name: str) -> dict:
         return json.loads((self.records / f"{name}.json").read_text())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, Launch, option, parse_dry_run
+
+from disagg_prefill_lmcache_v1.launch.backends import BACKENDS
+from disagg_prefill_lmcache_v1.launch.settings import Settings
+from disagg_prefill_lmcache_v1.settings import flag_of
 
 
 @pytest.fixture
@@ -26,6 +31,15 @@ def dry_run(launch: Launch, *arguments: str, script: str = EXAMPLE, **environmen
     assert done.returncode == 0, done.stderr
     assert not launch.run_dir.exists()
     return parse_dry_run(done.stdout)
+
+
+def bare_tools(folder: Path) -> Path:
+    """A folder for the PATH with what the scripts themselves use, and no Python."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "readlink", "env"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    return tools
 
 
 def test_cpu_runs_the_built_model_through_the_module(launch: Launch) -> None:
@@ -85,12 +99,12 @@ def test_hpu_has_the_reference_defaults(launch: Launch) -> None:
         expected = {
             "PT_HPU_GPU_MIGRATION": "1",
             "VLLM_SKIP_WARMUP": "true",
-            "PT_HPU_ENABLE_LAZY_COLLECTIVES": "true",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "PYTHONHASHSEED": "0",
             "DISAGG_KV_WAIT_TIMEOUT": "60",
         }
         assert expected.items() <= environment.items()
+        assert "PT_HPU_ENABLE_LAZY_COLLECTIVES" not in environment, "of the lazy mode, which is gone"
         assert "HF_HUB_OFFLINE" not in environment
         assert option(words, "--max-num-batched-tokens") == "8192"
         assert option(words, "--gpu-memory-utilization") == "0.8"
@@ -238,7 +252,7 @@ def test_precedence_is_flag_environment_edited_profile(launch: Launch, tmp_path:
     assert commands["decoder"][0]["OMP_NUM_THREADS"] == "3"
     assert commands["decoder"][0]["LMCACHE_CONFIG_FILE"] == "/my.yaml"
 
-    edited = tmp_path / "copy"
+    edited = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, edited, ignore=shutil.ignore_patterns("__pycache__", "*.log"))
     script = edited / EXAMPLE
     text = script.read_text()
@@ -319,14 +333,10 @@ def test_launcher_starts_what_the_example_starts(launch: Launch, role: str) -> N
     assert alone == example
 
 
-def test_dry_run_needs_no_python(launch: Launch, tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "sed", "sort", "grep", "timeout", "awk", "wc", "env"):
-        path = shutil.which(tool)
-        assert path
-        os.symlink(path, tools / tool)
+def test_dry_run_needs_nothing_installed(launch: Launch, tmp_path: Path) -> None:
     del launch.environment["DISAGG_PYTHON"]
+    tools = bare_tools(tmp_path)
+    (tools / "python3").symlink_to(f"{sys.base_prefix}/bin/python3")  # without the packages of this environment
     commands = dry_run(launch, "--device=cpu", PATH=str(tools))
     assert commands["kv-server"][1][0] == str(REPOSITORY / ".venv" / "bin" / "python")
 
@@ -334,6 +344,66 @@ def test_dry_run_needs_no_python(launch: Launch, tmp_path: Path) -> None:
 def test_help_lists_every_setting(launch: Launch) -> None:
     done = launch.run(EXAMPLE, "--help")
     assert done.returncode == 0
-    names = launch.bash("""printf '%s\\n' "${SETTINGS_TABLE[@]%%|*}" "${SWITCHES_TABLE[@]%%|*}" """).stdout.split()
-    assert {"device", "redis-url", "serve", "min-reuse-ratio"} <= set(names)
-    assert all(f"--{name}" in done.stdout for name in names)
+    flags = {flag_of(field.name) for field in dataclasses.fields(Settings) if field.metadata["flag"]}
+    assert {"--device", "--redis-url", "--serve", "--min-reuse-ratio"} <= flags
+    assert all(f"  {flag} " in done.stdout for flag in flags)
+    assert all(str(backend.default_port) in done.stdout for backend in BACKENDS.values())
+
+
+# --- how the scripts may be called
+
+
+def test_no_python_is_told_in_one_line(launch: Launch, tmp_path: Path) -> None:
+    done = launch.run(EXAMPLE, "--help", PATH=str(bare_tools(tmp_path)), DISAGG_PYTHON="")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "[disagg] error: no Python 3.10 or newer found: install python3, or name one with DISAGG_PYTHON"
+    ]
+
+
+@pytest.mark.parametrize("script", [EXAMPLE, EXAMPLE.replace(".sh", "_tp2.sh")])
+@pytest.mark.parametrize("way", ["symlink", "sh", "posix", "turkish", "executed"])
+def test_ways_to_call_a_script(launch: Launch, tmp_path: Path, way: str, script: str) -> None:
+    path, environment = PACKAGE / script, dict(launch.environment)
+    command = ["bash", str(path)]
+    if way == "symlink":
+        link = tmp_path / "elsewhere" / "link.sh"
+        link.parent.mkdir()
+        link.symlink_to(path)
+        command = ["bash", str(link)]
+    elif way == "sh":
+        command = ["sh", str(path)]
+    elif way == "posix":
+        environment["POSIXLY_CORRECT"] = "1"
+    elif way == "turkish":  # where the capital of i is not I
+        subprocess.run(
+            ["localedef", "-i", "tr_TR", "-f", "UTF-8", str(tmp_path / "tr_TR.UTF-8")], check=True, capture_output=True
+        )
+        environment |= {"LOCPATH": str(tmp_path), "LC_ALL": "tr_TR.UTF-8"}
+    else:
+        copy = tmp_path / PACKAGE.name
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.log"))
+        (copy / script).chmod(0o755)
+        command = [str(copy / script)]
+    done = subprocess.run(
+        [*command, "--dry-run", "--device=cpu", "--backend=redis", "--input-len=33"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert option(parse_dry_run(done.stdout)["load"][1], "--input-len") == "33"
+
+
+def test_json_is_printed_as_a_person_reads_it(launch: Launch) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu")
+    assert '--kv-transfer-config \'{"kv_connector":"LMCacheDisaggConnectorV1",' in done.stdout
+    assert "\\" not in done.stdout
+
+
+def test_without_a_load_its_lengths_do_not_matter(launch: Launch) -> None:
+    flags = ("--device=cpu", "--num-prompts=0", "--max-model-len=256")
+    assert option(dry_run(launch, *flags)["load"][1], "--num-prompts") == "0"
+
+
+def test_hpu_modules_go_by_their_own_numbers(launch: Launch) -> None:
+    commands = dry_run(launch, "--device=hpu", STANDIN_HPU_CARDS="4", STANDIN_HPU_MODULES="6 4 7 5")
+    assert [commands[role][0]["HABANA_VISIBLE_MODULES"] for role in ("prefiller", "decoder")] == ["4", "5"]

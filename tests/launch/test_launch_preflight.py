@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
 import shutil
 import socket
@@ -17,6 +17,8 @@ import tomllib
 from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports, wait_until
 
 from disagg_prefill_lmcache_v1.launch import preflight, profiles
+from disagg_prefill_lmcache_v1.launch.devices import assign_cards
+from disagg_prefill_lmcache_v1.launch.interpreter import choose_interpreter
 
 
 @pytest.fixture
@@ -45,16 +47,16 @@ def refused(launch: Launch, status: int, *command: str, **environment: str) -> s
         (["--model"], "--model needs a value"),
         (["--model="], "--model needs a value that is not empty"),
         (["--serve=1"], "--serve takes no value"),
-        (["--device", "tpu"], "--device 'tpu': allowed: auto hpu cuda cpu"),
-        (["--kv-load", "sometimes"], "--kv-load 'sometimes': allowed: auto always never"),
-        (["--backend", "nfs"], "--backend 'nfs': allowed: lm redis"),
+        (["--device", "tpu"], "--device 'tpu': allowed: auto, hpu, cuda, cpu"),
+        (["--kv-load", "sometimes"], "--kv-load 'sometimes': allowed: auto, always, never"),
+        (["--backend", "nfs"], "--backend 'nfs': allowed: lm, redis, shm, nixl"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size '0': allowed: a whole number from 1"),
         (["--tensor-parallel-size", "two"], "--tensor-parallel-size 'two'"),
         (["--proxy-port", "65536"], "--proxy-port '65536': allowed: a whole number from 1 to 65535"),
         (["--num-prompts", "-1"], "--num-prompts '-1'"),
-        (["--request-rate", "0"], "--request-rate '0': allowed: a number above 0"),
+        (["--request-rate", "0"], "--request-rate 0: allowed: a number above 0"),
         (["--request-rate", "fast"], "--request-rate 'fast'"),
-        (["--min-reuse-ratio", "1.5"], "--min-reuse-ratio '1.5': allowed: a number from 0 to 1"),
+        (["--min-reuse-ratio", "1.5"], "--min-reuse-ratio 1.5: allowed: a number from 0 to 1"),
         (["--redis-url", "redis://h:1"], "--redis-url goes with --backend redis"),
         (["--backend=redis", "--redis-url", "http://h"], "--redis-url: allowed: redis:// or rediss://"),
         (["--proxy-port=7000", "--decoder-port=7000"], "--proxy-port and --decoder-port are both 7000"),
@@ -133,7 +135,7 @@ def test_a_missing_module_is_named(launch: Launch) -> None:
     python.chmod(0o755)
     done = launch.run(EXAMPLE, *launch.arguments(), DISAGG_PYTHON=str(python))
     assert done.returncode == 1
-    for module, wanted in (("vllm", "'vllm>=0.26.0,<0.33'"), ("lmcache", "'lmcache>=0.5.6,<0.6'")):
+    for module, wanted in (("vllm", "'vllm>=0.26.0,<0.34'"), ("lmcache", "'lmcache>=0.5.6,<0.6'")):
         assert f"the Python module {module} is missing in" in done.stderr
         assert f"install {wanted}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -146,10 +148,10 @@ def test_of_several_modules_one_is_enough() -> None:
 
 
 def test_nixl_is_looked_for_where_it_is_needed(launch: Launch) -> None:
-    copy = launch.folder / "package"
+    copy = launch.folder / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.log", "__pycache__"))
-    profile = copy / "profiles" / "common.env"
-    profile.write_text(profile.read_text().replace("nixl|nixl_cu12|nixl_cu13", "no_nixl|no_nixl_either"))
+    backend = copy / "launch" / "backends" / "nixl.py"
+    backend.write_text(backend.read_text().replace("nixl|nixl_cu12|nixl_cu13", "no_nixl|no_nixl_either"))
     for backend, status in (("lm", 0), ("nixl", 1)):
         done = launch.run(str(copy / EXAMPLE), *launch.arguments(f"--backend={backend}"))
         assert done.returncode == status, done.stderr
@@ -171,7 +173,8 @@ def test_an_accelerator_needs_its_own_build(launch: Launch) -> None:
         ("vllm", "0.32.0", True),
         ("vllm", "0.32.9.dev1", True),
         ("vllm", "0.25.9", False),
-        ("vllm", "0.33.0", False),
+        ("vllm", "0.33.0", True),
+        ("vllm", "0.34.0", False),
         ("vllm", "1.0", False),
         ("vllm", "dev", False),
         ("lmcache", "0.5.6", True),
@@ -212,14 +215,13 @@ def test_a_run_dir_that_cannot_be_made_is_named(launch: Launch) -> None:
 
 
 def test_a_full_disk_is_named(launch: Launch) -> None:
-    tool = launch.folder / "bin" / "df"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho header\necho /dev/x 100 100 1000 99% /\n")
-    tool.chmod(0o755)
-    path = f"{tool.parent}:{launch.environment['PATH']}"
-    assert "has 0 GiB free, logs and results need(s) 1 GiB" in refused(
-        launch, 1, EXAMPLE, *launch.arguments(), PATH=path
-    )
+    copy = launch.folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.log", "__pycache__"))
+    profile = copy / "profiles" / "common.env"
+    assert "RUN_DIR_GIB=1\n" in profile.read_text()
+    profile.write_text(profile.read_text().replace("RUN_DIR_GIB=1\n", "RUN_DIR_GIB=99999999\n"))
+    line = refused(launch, 1, str(copy / EXAMPLE), *launch.arguments())
+    assert re.search(r" has \d+ GiB free, logs and results need\(s\) 99999999 GiB", line)
 
 
 def test_an_unreachable_redis_is_refused_at_once(launch: Launch) -> None:
@@ -236,11 +238,9 @@ def no_redis(launch: Launch) -> Path:
     """A folder for the PATH on which neither redis-server nor apt-get is found."""
     tools = launch.folder / "bin"
     tools.mkdir()
-    wanted = (
-        "awk bash cat chmod cut df dirname env flock grep mkdir readlink rm sed setsid sh sha256sum sleep sort tail tr"
-    )
-    for name in [*wanted.split(), "timeout"]:
+    for name in ("basename", "bash", "chmod", "dirname", "env", "readlink", "sh"):
         (tools / name).symlink_to(str(shutil.which(name)))
+    (tools / "python3").symlink_to(f"{sys.base_prefix}/bin/python3")
     return tools
 
 
@@ -285,87 +285,13 @@ def test_the_launcher_needs_a_kv_server(launch: Launch) -> None:
     assert f"no KV server answers on port {launch.ports['kv']}" in line
 
 
-# --- ports ---
-
-
-def settle(launch: Launch, *, explicit: bool) -> subprocess.Popen[str]:
-    flag = "FLAGS[kv_port]=$KV" if explicit else ":"
-    body = f"""
-    source {PACKAGE}/lib.sh
-    S[kv_port]=$KV S[proxy_port]=1 S[prefiller_port]=2 S[decoder_port]=3
-    {flag}
-    settle_kv_port
-    echo "${{S[kv_port]}}"
-    """
-    return subprocess.Popen(
-        ["bash", "-Eeuo", "pipefail", "-c", body],
-        env={**launch.environment, "KV": str(launch.ports["kv"])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@contextlib.contextmanager
-def old_connection(port: int) -> Iterator[socket.socket]:
-    """A connection whose listener is gone: a server without SO_REUSEADDR cannot bind while it lasts."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
-        client = socket.create_connection(("127.0.0.1", port))
-        server, _ = listener.accept()
-    with client, server:
-        yield client
-        # The client closes first, so that nothing lingers on the server's port.
-        client.close()
-
-
-def test_a_port_with_old_connections_is_left_for_the_next(launch: Launch) -> None:
-    with old_connection(launch.ports["kv"]):
-        out, err = settle(launch, explicit=False).communicate(timeout=20)
-    assert int(out) > launch.ports["kv"]
-    assert f"{launch.ports['kv']} still has old connections" in err
-
-
-def test_a_port_in_time_wait_counts_as_old_connections(launch: Launch) -> None:
-    port = launch.ports["kv"]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
-        client = socket.create_connection(("127.0.0.1", port))
-        server, _ = listener.accept()
-        server.close()  # the side that closes first keeps the port in TIME_WAIT
-        client.close()
-    with socket.socket() as probe, pytest.raises(OSError, match="in use"):
-        probe.bind(("127.0.0.1", port))
-    out, _ = settle(launch, explicit=False).communicate(timeout=20)
-    assert int(out) > port
-
-
-def test_a_port_that_was_asked_for_is_waited_for(launch: Launch) -> None:
-    with old_connection(launch.ports["kv"]):
-        process = settle(launch, explicit=True)
-        assert process.stderr
-        line = process.stderr.readline()  # comes after 5 s of waiting
-        assert "waiting until old connections" in line
-        assert "--kv-port" in line
-        assert process.poll() is None
-    out, _ = process.communicate(timeout=20)
-    assert int(out) == launch.ports["kv"]
-
-
-def test_a_free_port_is_kept(launch: Launch) -> None:
-    out, err = settle(launch, explicit=False).communicate(timeout=20)
-    assert (int(out), err) == (launch.ports["kv"], "")
-
-
 # --- Python and set-up ---
 
-FAKE_PYTHON = """#!/bin/bash
+FAKE_PYTHON = r"""#!/bin/bash
 # Stand-in for a python without packages: records pip's work, makes "environments" that hold itself.
 case "$*" in
   *"import sys; sys.exit(not"*) exit 0 ;;
+  */launch\ example\ *) exec "$STANDIN_PYTHON" "$@" ;; # the launcher itself
   *"import venv, ensurepip"*) exit ${STANDIN_NO_VENV:-0} ;;
   "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && echo "venv $4" >>"$STANDIN_PIP" ;;
   *"pip --version"*) [[ $0 == */bin/python ]] ;;
@@ -436,7 +362,6 @@ def test_set_up_makes_an_environment_once(clone: Clone) -> None:
     assert clone.steps() == [f"venv {venv}", *STEPS]
     assert "setting up" in done.stderr
     begin = time.monotonic()
-    assert clone.launch.bash("true").returncode == 0
     again = clone.run()
     assert again.returncode == 0, again.stderr
     assert "setting up" not in again.stderr
@@ -492,88 +417,72 @@ def test_a_python_without_venv_is_named(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "body", "kind"),
+    ("device", "has_servers", "environ", "kind"),
     [
-        ("cpu", "has_servers() { false; }", "bundle REPO/.venv/bin/python"),
-        ("cpu", "has_servers() { true; }", "system PATH"),
-        ("cpu", "has_servers() { true; }; export VIRTUAL_ENV=$PWD/env", "active PWD/env/bin/python"),
-        ("cpu", "has_servers() { true; }; export DISAGG_PYTHON=/x/python", "given /x/python"),
-        ("hpu", "has_servers() { false; }", "system python3"),
-        ("hpu", "has_servers() { true; }", "system PATH"),
+        ("cpu", False, {}, "bundle REPO/.venv/bin/python"),
+        ("cpu", True, {}, "system PATH"),
+        ("cpu", True, {"VIRTUAL_ENV": "PWD/env"}, "active PWD/env/bin/python"),
+        ("cpu", True, {"DISAGG_PYTHON": "/x/python", "VIRTUAL_ENV": "PWD/env"}, "given /x/python"),
+        ("hpu", False, {}, "system python3"),
+        ("hpu", True, {}, "system PATH"),
     ],
 )
-def test_python_is_chosen_without_touching_anything(launch: Launch, device: str, body: str, kind: str) -> None:
-    del launch.environment["DISAGG_PYTHON"]
-    (launch.folder / "env" / "bin").mkdir(parents=True)
-    (launch.folder / "env" / "bin" / "python").symlink_to(sys.executable)
-    done = launch.bash(
-        f"cd {launch.folder}; read_profile $HERE/profiles/{device}.env; S[device]={device}; {body}\n"
-        'choose_python; echo "$PYTHON_KIND $PYTHON"'
-    )
-    python3 = shutil.which("python3", path=launch.environment["PATH"])
-    expected = kind.replace("REPO", str(REPOSITORY)).replace("PWD", str(launch.folder)).replace("PATH", str(python3))
-    assert done.stdout.strip() == expected, done.stderr
+def test_python_is_chosen_without_touching_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, has_servers: bool, environ: dict[str, str], kind: str
+) -> None:
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
+    python3 = tmp_path / "python3"
+    python3.write_text(f"#!/bin/sh\nexit {0 if has_servers else 1}\n")
+    python3.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environ = {name: value.replace("PWD", str(tmp_path)) for name, value in environ.items()}
+    found = choose_interpreter(environ.get("DISAGG_PYTHON", ""), profiles.load_profile(device), environ)
+    expected = kind.replace("REPO", str(REPOSITORY)).replace("PWD", str(tmp_path)).replace("PATH", str(python3))
+    assert f"{found.kind} {found.path}" == expected
 
 
 # --- profiles ---
 
 
-@pytest.mark.parametrize("device", ["hpu", "cuda", "cpu"])
-def test_bash_and_python_read_the_same_profile(launch: Launch, device: str) -> None:
-    done = launch.bash(
-        f"""
-        for file in common {device}; do read_profile "$HERE/profiles/$file.env"; done
-        for key in "${{!PROFILE[@]}}"; do printf '%s=%s\\n' "$key" "${{PROFILE[$key]}}"; done
-        for key in "${{!PROFILE_ENV[@]}}"; do printf 'ENV_%s=%s\\n' "$key" "${{PROFILE_ENV[$key]}}"; done
-        """
+def test_profiles_are_data(tmp_path: Path) -> None:
+    file = tmp_path / "p.env"
+    file.write_text(
+        f"# comment\n\n A=$(touch {tmp_path}/pwned) `x`\nB=\"quoted # value\"\nC='single'\nENV_d_E=1=2\nF=\n"
     )
-    profile = profiles.load_profile(device)
-    expected = {**profile.settings, **{f"ENV_{name}": value for name, value in profile.environment.items()}}
-    assert dict(line.split("=", 1) for line in done.stdout.splitlines()) == expected
-    assert expected
-
-
-def test_profiles_are_data(launch: Launch) -> None:
-    file = launch.folder / "p.env"
-    file.write_text("# comment\n\n A=$(touch pwned) `x`\nB=\"quoted # value\"\nC='single'\nENV_d_E=1=2\nF=\n")
-    done = launch.bash(
-        f"cd {launch.folder}; read_profile p.env; "
-        """printf '%s\\n' "${PROFILE[A]}" "${PROFILE[B]}" "${PROFILE[C]}" "${PROFILE_ENV[d_E]}" "[${PROFILE[F]}]" """
-    )
-    assert done.stdout.splitlines() == ["$(touch pwned) `x`", "quoted # value", "single", "1=2", "[]"]
-    assert not (launch.folder / "pwned").exists()
     settings, environment = profiles.read_file(file)
-    assert settings == {"A": "$(touch pwned) `x`", "B": "quoted # value", "C": "single", "F": ""}
+    assert settings == {"A": f"$(touch {tmp_path}/pwned) `x`", "B": "quoted # value", "C": "single", "F": ""}
     assert environment == {"d_E": "1=2"}
+    assert not (tmp_path / "pwned").exists()
     file.write_text("not a setting\n")
-    assert "not KEY=VALUE: not a setting" in launch.bash(f"read_profile {file}").stderr
     with pytest.raises(profiles.ProfileError, match="not KEY=VALUE: not a setting"):
         profiles.read_file(file)
+    with pytest.raises(profiles.ProfileError, match="cannot read the profile"):
+        profiles.read_file(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     ("device", "environ", "sets"),
     [
-        ("hpu", {}, [{"HABANA_VISIBLE_MODULES": "0,1"}, {"HABANA_VISIBLE_MODULES": "2,3"}]),
-        (
-            "cuda",
-            {"CUDA_VISIBLE_DEVICES": "4,5,6,7"},
-            [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}],
-        ),
-        ("cpu", {}, [{}, {}]),
+        ("hpu", {}, {"prefiller": "0,1", "decoder": "2,3"}),
+        ("cuda", {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, {"prefiller": "4,5", "decoder": "6,7"}),
+        ("cpu", {}, {"prefiller": "", "decoder": ""}),
     ],
 )
-def test_python_assigns_the_same_cards(device: str, environ: dict[str, str], sets: list[dict[str, str]]) -> None:
-    assert profiles.load_profile(device).card_sets(2, environ=environ) == sets
+def test_cards_are_assigned(device: str, environ: dict[str, str], sets: dict[str, str]) -> None:
+    cards = assign_cards(profiles.load_profile(device), 2, ("prefiller", "decoder"), environ)
+    assert cards.of == sets
+    variable = {"hpu": "HABANA_VISIBLE_MODULES", "cuda": "CUDA_VISIBLE_DEVICES"}.get(device)
+    assert cards.environment("decoder") == ({variable: sets["decoder"]} if variable else {})
 
 
 # --- lint ---
 
 
 def test_scripts_pass_shellcheck() -> None:
-    scripts = sorted([*PACKAGE.glob("*.sh"), *(REPOSITORY / "tests").glob("*.sh")])
+    scripts = sorted([*PACKAGE.rglob("*.sh"), *(REPOSITORY / "tests").glob("*.sh")])
     names = {script.name for script in scripts}
-    assert {EXAMPLE, LAUNCHER, "lib.sh", "run.sh"} <= names
+    assert {EXAMPLE, LAUNCHER, "bootstrap.sh", "run.sh"} <= names
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
     done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

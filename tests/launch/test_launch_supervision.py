@@ -361,13 +361,3 @@ def test_a_password_does_not_reach_the_log(launch: Launch) -> None:
         VLLM_PROGRAM=program, DISAGG_REDIS_URL="redis://me:s3cret@127.0.0.1:1/0", DISAGG_PREPARED="1",
     )  # fmt: skip
     assert done.stdout == "redis://me:***@127.0.0.1:1/0\n"
-
-
-def test_progress_is_shown_while_waiting(launch: Launch) -> None:
-    done = launch.bash(
-        """
-        stub() { SECONDS=$1; progress 0 "waiting for decoder"; }
-        for second in 1 4 5 6 12 15 16; do stub $second; done
-        """
-    )
-    assert done.stderr.splitlines() == [f"[disagg] waiting for decoder: {second} s" for second in (5, 15)]
