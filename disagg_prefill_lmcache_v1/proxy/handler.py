@@ -53,7 +53,7 @@ class RequestHandler:
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
         self._admission = None
         if settings.max_in_flight:
-            self._admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout_s)
+            self._admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout_s, metrics)
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20].encode()
         self._ttft = metrics.index("disagg_ttft_seconds")
@@ -75,7 +75,10 @@ class RequestHandler:
         logged = True
         try:
             client.check()
-            given.check(client.version)
+            fault = given.fault(client.version)
+            if fault:
+                client.keep_alive = False
+                raise ProxyError(400, fault, "proxy", "bad_request")
             if method == "OPTIONS" and request.cors:
                 request.status = 204
                 client.answer(204, [request.cors, PREFLIGHT, own_lines(request)], b"")

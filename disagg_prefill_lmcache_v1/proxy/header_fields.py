@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.upstream import Header
 
@@ -16,7 +15,7 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 _NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"http2-settings", b"x-request-id"}
 _INTERNAL = b"x-kv-"  # between the proxy and its servers; a client's are dropped
-_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms"}
+_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms", b"x-kv-reason"}
 _request_id_ok = re.compile(rb"[A-Za-z0-9_.:/@+=,~#|-]{1,256}").fullmatch
 
 PREFLIGHT = (
@@ -73,15 +72,13 @@ class RequestHeaders:
             lines.append(line)
         self.sent_on = _without_named(lines, connection)
 
-    def check(self, version: str) -> None:
-        """Raise ProxyError for what the parser lets pass but no two servers read alike."""
-        fault = ""
+    def fault(self, version: str) -> str:
+        """What the parser lets pass but no two servers read alike; "" if there is nothing."""
         if self.hosts != 1 and (self.hosts or version == "1.1"):
-            fault = "there must be exactly one Host header"
-        elif self.transfer_encoding and (self.transfer_encoding.lower() != b"chunked" or version == "1.0"):
-            fault = "the only transfer encoding that is taken is chunked, in HTTP/1.1"
-        if fault:
-            raise ProxyError(400, fault, "proxy", "bad_request")
+            return "there must be exactly one Host header"
+        if self.transfer_encoding and (self.transfer_encoding.lower() != b"chunked" or version == "1.0"):
+            return "the only transfer encoding that is taken is chunked, in HTTP/1.1"
+        return ""
 
 
 def _without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
