@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import zmq
-from launch_harness import free_ports, wait_until
+from launch_harness import REPOSITORY, free_ports, wait_until
 from lmcache.integration.vllm.vllm_multi_process_adapter import (
     LMCacheMPSchedulerAdapter,
     LMCacheMPWorkerAdapter,
@@ -30,22 +30,17 @@ EXTRA = {"lmcache.mp.mq_timeout": TIMEOUT_S, "lmcache.mp.heartbeat_interval": HE
 
 
 class MPServer:
-    """The process; ``size_gb`` of memory for KV."""
+    """The process; ``size``: its memory for KV."""
 
-    def __init__(self, log: Path, size_gb: float = 0.05) -> None:
-        self.port, self._http, self._prometheus = free_ports(3)
-        self._log, self._size_gb = log, size_gb
+    def __init__(self, log: Path, size: str = "50mb") -> None:
+        (self.port,) = free_ports(1)
+        self._log, self._size = log, size
         self.start()
 
     def start(self) -> None:
-        names = {
-            "port": self.port, "http-port": self._http, "prometheus-port": self._prometheus, "host": "127.0.0.1",
-            "l1-size-gb": self._size_gb, "chunk-size": BLOCK, "eviction-policy": "LRU", "shm-name": f"mp{self.port}",
-            "supported-transfer-mode": "engine_driven", "worker-reap-timeout-seconds": 0,
-        }  # fmt: skip
-        command = [Path(sys.executable).parent / "lmcache", "server"]
-        command += [word for name, value in names.items() for word in (f"--{name}", str(value))]
-        environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
+        command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.mp_server", "127.0.0.1", str(self.port)]
+        command += ["--size", self._size, "--chunk-size", str(BLOCK)]
+        environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "PYTHONPATH": str(REPOSITORY)}
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
@@ -61,7 +56,14 @@ class MPServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        Path(f"/dev/shm/mp{self.port}").unlink(missing_ok=True)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=20)
+
+    def memory(self) -> list[Path]:
+        """The shared memory with the KV."""
+        return list(Path("/dev/shm").glob(f"*disagg-mp-{self.port}-*"))
 
     @property
     def url(self) -> str:

@@ -21,6 +21,7 @@ from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.mp import cache_salt_of, skips_save, take_deadline
 from disagg_prefill_lmcache_v1.kv.mp_client import Reply
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
+from disagg_prefill_lmcache_v1.kv.mp_server import server_words
 
 PROMPTS = itertools.count(1)
 SLACK_S = 2.0  # of a busy machine
@@ -157,6 +158,35 @@ def test_a_request_is_announced_though_the_server_is_frozen(server, engine):
     assert said.ends["frozen"] == ("failed", "the KV server does not answer")
     confirmer.close()
     healthy_again(engine)
+
+
+def test_the_servers_memory_is_removed_however_it_ends(tmp_path):
+    for end in ("kill", "terminate"):
+        server = MPServer(tmp_path / f"{end}.log")
+        wait_until(lambda server=server: server.memory(), "the server has its memory", 60)
+        server.kill() if end == "kill" else server.terminate()
+        wait_until(lambda server=server: not server.memory(), "its memory is gone", 10)
+
+
+@pytest.mark.parametrize("words", [["--size", "much"], ["--size", "0gb"], ["--config", "/nowhere.yaml"], ["--what"]])
+def test_a_wrong_command_line_of_the_server_is_told_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        server_words(["127.0.0.1", "1", *words])
+    told = capsys.readouterr().err.strip().splitlines()[-1:] or [str(ended.value)]
+    assert words[-1] in told[0]
+
+
+def test_the_settings_file_has_only_flags_that_lmcache_has(monkeypatch):
+    from lmcache.v1.multiprocess import server
+
+    adapter = {"type": "mock"}
+    name, words = server_words(["h", "1", "--size", "512mb", "--chunk-size", "32", "--l2-adapter", json.dumps(adapter)])
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    given = server.parse_args()  # ends the test at a flag that it does not know
+    assert (given.host, given.port, given.l1_size_gb, given.chunk_size) == ("h", 1, 0.5, 32)
+    assert given.shm_name == name
+    assert given.worker_reap_timeout_seconds == 0
+    assert json.loads(given.l2_adapter[0]) == adapter
 
 
 class Never:
