@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -129,17 +130,22 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, begin: 
         raise _Broken("the stream ended without [DONE]")
 
 
+def _take_headers(answer: Answer, headers: Mapping[str, str]) -> None:
+    """What the proxy tells about a request's KV."""
+    answer.kv_state = headers.get("x-kv-state")
+    with contextlib.suppress(KeyError, ValueError):
+        answer.kv_wait_ms = float(headers["x-kv-wait-ms"])
+    with contextlib.suppress(KeyError, ValueError):
+        answer.told_reused_tokens = int(headers["x-reused-tokens"])
+
+
 async def _exchange(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], answer: Answer, headers: dict[str, str]
 ) -> None:
     begin = time.perf_counter()
     try:
         async with session.post(url, json=body, headers=headers) as response:
-            answer.kv_state = response.headers.get("x-kv-state")
-            try:
-                answer.kv_wait_ms = float(response.headers["x-kv-wait-ms"])
-            except (KeyError, ValueError):
-                answer.kv_wait_ms = None
+            _take_headers(answer, response.headers)
             if response.status != 200:
                 text = await response.text(errors="replace")
                 try:

@@ -60,19 +60,28 @@ class _Reuse:
 
 
 def _reuse(answers: Iterable[Answer], told: dict[str, float]) -> _Reuse:
-    """Tokens that the decoder could have loaded and chose to compute do not count as reusable."""
+    """Tokens that the decoder could have loaded and chose to compute do not count as reusable.
+
+    What was loaded is told for each request, or else for all together by the decoder's counters.
+    """
     complete_ones = [answer for answer in answers if answer.error is None]
-    reusable = sum(answer.reusable_tokens for answer in complete_ones)
-    cached = sum(answer.reused_tokens for answer in complete_ones)
-    full = sum(answer.reused_tokens >= answer.reusable_tokens for answer in complete_ones)
+    reusable = [answer.reusable_tokens for answer in complete_ones]
+    each = [answer.cached_reusable_tokens for answer in complete_ones]
+    cached = sum(each)
     missing = _whole(told.get("not_loaded_tokens"))
-    reused = max(cached - (missing or 0), 0)
-    if missing and complete_ones:  # which requests they belong to is not known: as few as it can be
-        longest = max(answer.reusable_tokens for answer in complete_ones)
-        full = max(full - math.ceil(missing / max(longest, 1)), 0)
-    reusable = max(reusable - round(told.get("recomputed_tokens", 0)), reused)
+    lacking = 0  # requests
+    if complete_ones and all(answer.told_reused_tokens is not None for answer in complete_ones):
+        each = [min(answer.told_reused_tokens or 0, most) for answer, most in zip(complete_ones, reusable, strict=True)]
+        missing = max(cached - sum(each), 0)
+        reused = sum(each)
+    else:
+        reused = max(cached - (missing or 0), 0)
+        if missing and complete_ones:  # which requests they belong to is not known: as few as it can be
+            lacking = math.ceil(missing / max(*reusable, 1))
+    full = max(sum(got >= most for got, most in zip(each, reusable, strict=True)) - lacking, 0)
+    wanted = max(sum(reusable) - round(told.get("recomputed_tokens", 0)), reused)
     # Rounded down: a ratio of 1.0 in the summary means that nothing was missing.
-    ratio = math.floor(reused / reusable * 10000) / 10000 if reusable else None
+    ratio = math.floor(reused / wanted * 10000) / 10000 if wanted else None
     prompt_tokens = sum(answer.prompt_tokens for answer in complete_ones)
     return _Reuse(prompt_tokens, cached, reused, ratio, full, missing)
 
@@ -196,7 +205,7 @@ def find_failures(
     if settings.probe == "on" and unexplained:
         lines.append("outputs were not compared")
     complete_ones = [*(answer for answer in answers if answer.error is None), *probe_result.answers]
-    if complete_ones and all(answer.cached_tokens is None for answer in complete_ones):
+    if complete_ones and all(answer.cached_tokens is answer.told_reused_tokens is None for answer in complete_ones):
         lines.append("the decoder does not tell reused tokens: start it with --enable-prompt-tokens-details")
     for prefix, what in (("", "load"), ("probe_", "probe")):
         ratio, missing = summary[f"{prefix}reuse_ratio"], summary[f"{prefix}not_loaded_tokens"]

@@ -26,6 +26,7 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int | None = None  # prompt tokens the answering server did not compute; None when it does not tell
+    told_reused_tokens: int | None = None  # `x-reused-tokens`: those that the decoder's workers report as loaded
     kv_state: str | None = None  # `x-kv-state` of the proxy
     kv_wait_ms: float | None = None  # `x-kv-wait-ms` of the proxy
     ttft_ms: float | None = None  # request sent to first token; for an answer that is not streamed, to the whole of it
@@ -38,7 +39,8 @@ class Answer:
         return max(self.prompt_tokens - 1, 0)
 
     @property
-    def reused_tokens(self) -> int:
+    def cached_reusable_tokens(self) -> int:
+        """Of the reusable ones, those that the answering server counts as cached."""
         return min(self.cached_tokens or 0, self.reusable_tokens)
 
 

@@ -36,6 +36,7 @@ class MockVllm:
         self.computes: Callable[[int], bool] = lambda prompt_tokens: False  # what the store has, by choice
         self.load_fails: Callable[[int], bool] = lambda index: False  # it is computed, and counts as cached
         self.tells_loads = True
+        self.tells_reuse: Callable[[int], int] | None = None  # `x-reused-tokens`, by the index of the request
         self.kv_headers: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
         self.authorization: set[str | None] = set()  # of all requests
@@ -82,6 +83,9 @@ class MockVllm:
         if self.not_json:
             return web.Response(text="<html>")
         choices, usage = self._events(body)
+        headers = dict(self.kv_headers)
+        if self.tells_reuse:
+            headers["x-reused-tokens"] = str(self.tells_reuse(len(self.bodies) - 1))
         if not body.get("stream"):
             merged = choices[0]
             for choice in choices[1:]:
@@ -91,8 +95,8 @@ class MockVllm:
                     merged["message"]["content"] += choice["message"]["content"]
                 for key, entries in choice.get("logprobs", {}).items():
                     merged["logprobs"][key] += entries
-            return web.json_response({"choices": [merged], "usage": usage}, headers=self.kv_headers)
-        response = web.StreamResponse(headers={"content-type": "text/event-stream", **self.kv_headers})
+            return web.json_response({"choices": [merged], "usage": usage}, headers=headers)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", **headers})
         await response.prepare(request)
         events = [{"choices": [choice]} for choice in choices]
         if self.error_event:

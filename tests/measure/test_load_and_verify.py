@@ -170,6 +170,16 @@ def test_what_was_not_loaded_is_not_reused(
     assert run(mocks, **changes, min_reuse_ratio=ratio)["failures"] == []
 
 
+def test_what_each_answer_tells_goes_before_all_counts(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].tells_reuse = lambda index: 20 if index == 2 else 50  # a chunk was not there; 49 can be reused
+    summary = run(mocks, decoder_url=mocks[0].url, probe="off")
+    assert (summary["cached_tokens"], summary["reused_tokens"], summary["not_loaded_tokens"]) == (245, 216, 29)
+    assert (summary["reuse_ratio"], summary["full_reuse_requests"]) == (0.8816, 4)
+    assert len(summary["failures"]) == 1
+    mocks[0].cached = lambda tokens: None
+    assert run(mocks, decoder_url=mocks[0].url, probe="off")["reused_tokens"] == 49 * 5  # no index 2 any more
+
+
 def test_the_probe_does_not_reuse_what_was_not_loaded(mocks, monkeypatch) -> None:
     monkeypatch.setattr(target, "WORKERS_REPORT_S", 0.3)
     mocks[0].load_fails = lambda index: True
