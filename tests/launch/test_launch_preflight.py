@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tomllib
-from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports, wait_until
+from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports
 
 from disagg_prefill_lmcache_v1.launch import preflight, profiles
 from disagg_prefill_lmcache_v1.launch.devices import assign_cards
-from disagg_prefill_lmcache_v1.launch.interpreter import choose_interpreter
 
 
 @pytest.fixture
@@ -187,6 +184,73 @@ def test_version_ranges(module: str, version: str, good: bool) -> None:
     assert preflight.is_supported(module, version) is good
 
 
+def test_what_is_said_of_a_version() -> None:
+    assert preflight.version_problem("vllm", "vllm", "0.33.0") == ""
+    assert preflight.version_problem("vllm", "vllm", "0.34.1").startswith("warning: vllm 0.34.1 is newer than")
+    assert preflight.version_problem("vllm", "vllm", "0.25.0") == (
+        "vllm 0.25.0 is not supported: install a version from 0.26.0 to below 0.34"
+    )
+    assert "is not supported" in preflight.version_problem("lmcache", "lmcache", "0.6.0")
+    assert preflight.version_problem("vllm_gaudi", "vllm-gaudi", "0.26.0+g1") == ""
+    told = preflight.version_problem("vllm_gaudi", "vllm-gaudi", "0.27.0rc0")
+    assert told == "warning: vllm-gaudi 0.27.0rc0: validated by Intel: 0.26.0"
+
+
+def test_a_library_that_does_not_load_is_told_before_anything_starts(launch: Launch) -> None:
+    """A server that finds it out by itself waits for minutes."""
+    site = launch.folder / "site"
+    for module in ("nixl", "nixl-1.0.dist-info"):
+        (site / module).mkdir(parents=True)
+    (site / "nixl" / "__init__.py").touch()
+    (site / "nixl" / "_api.py").write_text("raise ImportError('libucp.so.0: cannot open shared object file')\n")
+    (site / "nixl-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: nixl\nVersion: 1.0\n")
+    line = refused(launch, 1, EXAMPLE, *launch.arguments("--backend=nixl"), PYTHONPATH=str(site))
+    assert "the Python module nixl._api cannot be imported in" in line
+    assert line.endswith("ImportError: libucp.so.0: cannot open shared object file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        ([], {"VLLM_CONTIGUOUS_PA": "true"}, "VLLM_CONTIGUOUS_PA=true: unset it"),
+        (["--", "--no-enable-prefix-caching"], {}, "--no-enable-prefix-caching is not possible on hpu"),
+    ],
+)
+def test_gaudi_must_not_move_kv_blocks(
+    launch: Launch, arguments: list[str], environment: dict[str, str], said: str
+) -> None:
+    cards = {"STANDIN_HPU_CARDS": "2"}
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(*arguments, device="hpu"), **cards, **environment)
+    assert said in line
+    assert "LMCache would store and load wrong ones" in line
+    # On another device neither matters: the next check speaks.
+    cards = {"STANDIN_CUDA_CARDS": "2"}
+    line = refused(launch, 1, EXAMPLE, *launch.arguments(*arguments, device="cuda"), **cards, **environment)
+    assert "is not built for --device cuda" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ([], {}, ""),
+        (["--", "--block-size", "96"], {}, "chunk size 256 is no multiple of the block size 96"),
+        (
+            ["--", "--block-size=128"],
+            {"LMCACHE_CHUNK_SIZE": "192"},
+            "chunk size 192 is no multiple of the block size 128",
+        ),
+        (["--", "--block-size=64"], {"LMCACHE_CHUNK_SIZE": "192"}, ""),
+    ],
+)
+def test_a_chunk_that_is_no_multiple_of_a_block_is_told(
+    launch: Launch, arguments: list[str], environment: dict[str, str], told: str
+) -> None:
+    done = launch.run(EXAMPLE, *launch.arguments(*arguments), **environment)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stderr
+    assert ("is no multiple of" in done.stderr) is bool(told)
+
+
 def test_installed_packages_are_in_the_supported_ranges() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pins = dict(re.split(r"\s*==\s*", pin) for pin in project["optional-dependencies"]["cpu"] if "==" in pin)
@@ -283,163 +347,6 @@ def test_a_missing_redis_server_is_installed(launch: Launch, no_redis: Path, wor
 def test_the_launcher_needs_a_kv_server(launch: Launch) -> None:
     line = refused(launch, 1, LAUNCHER, "decoder", *launch.arguments())
     assert f"no KV server answers on port {launch.ports['kv']}" in line
-
-
-# --- Python and set-up ---
-
-FAKE_PYTHON = r"""#!/bin/bash
-# Stand-in for a python without packages: records pip's work, makes "environments" that hold itself.
-case "$*" in
-  *"import sys; sys.exit(not"*) exit 0 ;;
-  */launch\ example\ *) exec "$STANDIN_PYTHON" "$@" ;; # the launcher itself
-  *"import venv, ensurepip"*) exit ${STANDIN_NO_VENV:-0} ;;
-  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && echo "venv $4" >>"$STANDIN_PIP" ;;
-  *"pip --version"*) [[ $0 == */bin/python ]] ;;
-  *" install "* | *" uninstall "*)
-    words=$*
-    echo "${words#*--no-input }" >>"$STANDIN_PIP"
-    [[ -z ${STANDIN_PIP_SECONDS:-} ]] || sleep "$STANDIN_PIP_SECONDS"
-    exit "${STANDIN_PIP_STATUS:-0}" ;;
-  *--has-version*) exit 1 ;;
-  *--has-servers*) exit 1 ;;
-  *--untouched*) exit "${STANDIN_TOUCHED:-0}" ;;
-  *--missing*) echo one==1; echo two==2 ;;
-  *) exit 0 ;;
-esac
-"""
-
-
-class Clone:
-    """A copy of the repository's scripts with a stand-in Python 3.11 on the PATH."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-        self.root = launch.folder / "clone"
-        self.package = self.root / PACKAGE.name
-        shutil.copytree(PACKAGE, self.package, ignore=shutil.ignore_patterns("__pycache__", "*.log"))
-        (self.root / "pyproject.toml").write_text("first\n")
-        tools = launch.folder / "tools"
-        tools.mkdir()
-        for name in ("python3.11", "python3.12", "python3.13", "python3"):
-            (tools / name).write_text(FAKE_PYTHON)
-            (tools / name).chmod(0o755)
-        self.pip = launch.folder / "pip.txt"
-        del launch.environment["DISAGG_PYTHON"]
-        launch.environment |= {"PATH": f"{tools}:{launch.environment['PATH']}", "STANDIN_PIP": str(self.pip)}
-
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(self.package / EXAMPLE), *self.launch.arguments()],
-            env={**self.launch.environment, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        return self.launch.finish(self.start(**environment))
-
-    def steps(self) -> list[str]:
-        return self.pip.read_text().splitlines() if self.pip.exists() else []
-
-
-@pytest.fixture
-def clone(launch: Launch) -> Clone:
-    return Clone(launch)
-
-
-STEPS = [
-    "install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu",
-    "install one==1 two==2",
-    "uninstall -y torchvision torchaudio torchcodec",
-]
-
-
-def test_set_up_makes_an_environment_once(clone: Clone) -> None:
-    venv = clone.root / ".venv"
-    done = clone.run()
-    assert done.returncode == 0, done.stderr
-    assert clone.steps() == [f"venv {venv}", *STEPS]
-    assert "setting up" in done.stderr
-    begin = time.monotonic()
-    again = clone.run()
-    assert again.returncode == 0, again.stderr
-    assert "setting up" not in again.stderr
-    assert time.monotonic() - begin < 20
-    assert len(clone.steps()) == 4
-    (clone.root / "pyproject.toml").write_text("second\n")
-    assert clone.run().returncode == 0
-    assert clone.steps()[4:] == STEPS
-
-
-def test_a_failed_set_up_is_done_again(clone: Clone) -> None:
-    done = clone.run(STANDIN_PIP_STATUS="1")
-    assert done.returncode == 1
-    assert "error: installing torch 2.13.0 for CPU failed (log: " in done.stderr
-    assert list(clone.launch.records.iterdir()) == []
-    assert clone.run().returncode == 0
-    assert clone.steps()[-3:] == STEPS
-
-
-def test_an_interrupted_set_up_leaves_nothing_running(clone: Clone) -> None:
-    process = clone.start(STANDIN_PIP_SECONDS="60")
-    wait_until(lambda: len(clone.steps()) > 1, "pip running")
-    process.terminate()
-    assert clone.launch.finish(process).returncode == 143
-
-
-def test_an_active_environment_is_set_up_in_place(clone: Clone) -> None:
-    venv = clone.launch.folder / "active"
-    (venv / "bin").mkdir(parents=True)
-    shutil.copy(clone.launch.folder / "tools" / "python3.11", venv / "bin" / "python")
-    assert clone.run(VIRTUAL_ENV=str(venv)).returncode == 0
-    assert clone.steps() == STEPS
-    assert not (clone.root / ".venv").exists()
-    done = clone.run(VIRTUAL_ENV=str(venv))
-    assert done.returncode == 0
-    assert len(clone.steps()) == 3
-
-
-def test_an_active_environment_with_another_torch_is_not_touched(clone: Clone) -> None:
-    venv = clone.launch.folder / "active"
-    (venv / "bin").mkdir(parents=True)
-    shutil.copy(clone.launch.folder / "tools" / "python3.11", venv / "bin" / "python")
-    done = clone.run(VIRTUAL_ENV=str(venv), STANDIN_TOUCHED="1")
-    assert done.returncode == 1
-    assert "already has a vLLM, LMCache or torch of its own" in done.stderr
-    assert clone.steps() == []
-
-
-def test_a_python_without_venv_is_named(clone: Clone) -> None:
-    done = clone.run(STANDIN_NO_VENV="1")
-    assert done.returncode == 1
-    assert re.search(r"python3 cannot make virtual environments: install python3-venv", done.stderr)
-
-
-@pytest.mark.parametrize(
-    ("device", "has_servers", "environ", "kind"),
-    [
-        ("cpu", False, {}, "bundle REPO/.venv/bin/python"),
-        ("cpu", True, {}, "system PATH"),
-        ("cpu", True, {"VIRTUAL_ENV": "PWD/env"}, "active PWD/env/bin/python"),
-        ("cpu", True, {"DISAGG_PYTHON": "/x/python", "VIRTUAL_ENV": "PWD/env"}, "given /x/python"),
-        ("hpu", False, {}, "system python3"),
-        ("hpu", True, {}, "system PATH"),
-    ],
-)
-def test_python_is_chosen_without_touching_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, has_servers: bool, environ: dict[str, str], kind: str
-) -> None:
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
-    python3 = tmp_path / "python3"
-    python3.write_text(f"#!/bin/sh\nexit {0 if has_servers else 1}\n")
-    python3.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    environ = {name: value.replace("PWD", str(tmp_path)) for name, value in environ.items()}
-    found = choose_interpreter(environ.get("DISAGG_PYTHON", ""), profiles.load_profile(device), environ)
-    expected = kind.replace("REPO", str(REPOSITORY)).replace("PWD", str(tmp_path)).replace("PATH", str(python3))
-    assert f"{found.kind} {found.path}" == expected
 
 
 # --- profiles ---

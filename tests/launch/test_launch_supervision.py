@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -361,3 +363,83 @@ def test_a_password_does_not_reach_the_log(launch: Launch) -> None:
         VLLM_PROGRAM=program, DISAGG_REDIS_URL="redis://me:s3cret@127.0.0.1:1/0", DISAGG_PREPARED="1",
     )  # fmt: skip
     assert done.stdout == "redis://me:***@127.0.0.1:1/0\n"
+
+
+def test_a_second_run_in_the_same_directory_is_refused(launch: Launch, tmp_path: Path) -> None:
+    process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_LOAD_SECONDS="60")
+    wait_until(lambda: launch.has_record("load"), "load running")
+    before = {path: path.stat().st_mtime_ns for path in launch.run_dir.iterdir()}
+    (tmp_path / "second").mkdir()
+    second = Launch(tmp_path / "second")
+    second.run_dir = launch.run_dir
+    done = second.run(EXAMPLE, *second.arguments())
+    assert done.returncode == 1
+    assert f"error: another run writes its logs to {launch.run_dir}: " in done.stderr
+    assert "--run-dir" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in launch.run_dir.iterdir()} == before
+    process.terminate()
+    assert launch.finish(process).returncode == 143
+    # Afterwards it is free again.
+    assert second.run(EXAMPLE, *second.arguments()).returncode == 0
+
+
+class CommandLines(threading.Thread):
+    """All command lines that processes of this machine had while it ran."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[bytes] = set()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    self.seen.add(entry.read_bytes())
+
+    def __enter__(self) -> CommandLines:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def test_secrets_are_in_no_argument_list(launch: Launch) -> None:
+    port = launch.ports["kv"]
+    server = subprocess.Popen(
+        [launch.environment["STANDIN_PYTHON"], str(STANDINS / "standin_server.py"), "redis", str(port)],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "Redis up")
+        with CommandLines() as lines:
+            process = launch.start(
+                EXAMPLE, *launch.arguments("--backend=redis", "--serve"), DISAGG_PROXY_API_KEY="k3y-of-the-proxy",
+                DISAGG_REDIS_URL=f"redis://me:s3cret@127.0.0.1:{port}/0",
+            )  # fmt: skip
+            assert process.stdout
+            request = process.stdout.readline()
+            process.terminate()
+            done = launch.finish(process)
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 143, done.stderr
+    assert any(b"standin_server.py" in line for line in lines.seen)
+    assert [line for line in lines.seen if b"s3cret" in line or b"k3y-of-the-proxy" in line] == []
+    # The request to try sends the key, by its variable's name.
+    assert '-H "Authorization: Bearer $DISAGG_PROXY_API_KEY"' in request
+    for name in ("load", f"proxy-{launch.ports['proxy']}"):
+        assert launch.record(name)["env"]["DISAGG_PROXY_API_KEY"] == "k3y-of-the-proxy"
+    assert "s3cret" not in "".join(path.read_text() for path in launch.run_dir.glob("*.log"))
+
+
+def test_a_newer_vllm_is_told_and_tried(launch: Launch, fake_builds: Path) -> None:
+    old, new = fake_builds / "vllm-0.26.0.dist-info", fake_builds / "vllm-9.1.0.dist-info"
+    old.rename(new)
+    (new / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.1.0\n")
+    done = launch.run(EXAMPLE, *launch.arguments(device="cuda"), PYTHONPATH=str(fake_builds), STANDIN_CUDA_CARDS="2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("[disagg] warning: vllm 9.1.0 is newer than what was tested") == 1
