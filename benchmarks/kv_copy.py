@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout
+from disagg_prefill_lmcache_v1.kv.mover import KVMover
 
 # name, layers, KV heads, head size, dtype, block size
 SHAPES = [

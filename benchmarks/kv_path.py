@@ -49,7 +49,9 @@ from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.metadata import LMCacheMetadata
 
 from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
-from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
+from disagg_prefill_lmcache_v1.kv.device_copy import CudaCopy, HostCopy
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout
+from disagg_prefill_lmcache_v1.kv.mover import KVMover
 from disagg_prefill_lmcache_v1.kv.stores import registry
 
 # layers, KV heads, head size, dtype, block size on CPU
@@ -102,7 +104,7 @@ def make_mover(device: str, shape: str, tokens: int) -> tuple[KVMover, torch.Ten
 
 def make_copy(mover: KVMover) -> Any:
     cuda = mover.device.type == "cuda"
-    return kv_transfer.CudaCopy(mover, CHUNK) if cuda else kv_transfer.HostCopy(mover)
+    return CudaCopy(mover, CHUNK) if cuda else HostCopy(mover)
 
 
 # servers and engines

@@ -16,13 +16,12 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from disagg_prefill_lmcache_v1.kv.layout import BlockLayout
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout
 
 # Rows of this many bytes or more move by index; shorter ones are worth a scratch buffer.
 _ROW_BYTES = 64

@@ -11,14 +11,12 @@ Stored chunks have LMCache's ``KV_2LTD`` format, ``[2, layers, tokens, kv_heads 
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from disagg_prefill_lmcache_v1.kv.host_copy import HostCopies
 
 
 class UnsupportedKVLayout(ValueError):
@@ -72,7 +70,7 @@ def _as_strides(position: torch.Tensor) -> tuple[list[int], list[int]] | None:
     return (sizes, strides) if torch.equal(flat.reshape(-1) + position[0, 0], position.reshape(-1)) else None
 
 
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the elements fill a piece of memory without gaps, each place once, in whatever order of axes."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
@@ -80,6 +78,32 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _find_positions(
+    write_block: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Where each element of K and V (``shape``: ``[2, block_size, heads, head_size]``) lies in a block.
+
+    Args:
+        write_block: writes K and V of a block, returns its memory.
+    """
+    cells = math.prod(shape)
+    number = torch.arange(1, cells + 1)
+    found = torch.zeros(cells, dtype=torch.int64)
+    weight = 1
+    while weight <= cells:
+        digit = (number // weight % _RADIX).to(dtype).view(shape)
+        found += write_block(digit[0], digit[1]).round().to(torch.int64) * weight
+        weight *= _RADIX
+    if int(found.min()) < 1 or int(found.max()) > cells:
+        raise UnsupportedKVLayout("vLLM's cache update does not store K and V as they are (quantised KV cache?)")
+    position = torch.full((cells + 1,), -1, dtype=torch.int64)
+    position[found] = torch.arange(cells)
+    position = position[1:]
+    if int(position.min()) < 0:
+        raise UnsupportedKVLayout("vLLM's cache update stores several K or V elements in one place")
+    return position.view(shape)
 
 
 @dataclass(frozen=True)
@@ -155,9 +179,7 @@ class BlockLayout:
             UnsupportedKVLayout: the block does not hold exactly one place for each K and V element.
         """
         per_side = block_size * heads * head_size
-        cells = 1
-        for n in block_shape:
-            cells *= n
+        cells = math.prod(block_shape)
         if cells != 2 * per_side:
             raise UnsupportedKVLayout(
                 f"a KV block of shape {tuple(block_shape)} has {cells} elements; {2 * per_side} are needed for "
@@ -166,30 +188,19 @@ class BlockLayout:
             )
         if block_strides is None:
             block_strides = torch.empty(tuple(block_shape), device="meta").stride()
-        if not _is_dense(block_shape, block_strides):
+        if not is_dense(block_shape, block_strides):
             raise UnsupportedKVLayout(
                 f"a KV block of shape {tuple(block_shape)} and strides {tuple(block_strides)} has gaps or overlaps"
             )
-        number = torch.arange(1, 2 * per_side + 1)
-        found = torch.zeros(2 * per_side, dtype=torch.int64)
-        slots = torch.arange(block_size, device=device)
-        place, weight = 1, 1
-        while place <= 2 * per_side:
-            digit = (number // weight % _RADIX).to(dtype).view(2, block_size, heads, head_size).to(device)
+
+        def write_block(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             memory = torch.zeros(cells, dtype=dtype, device=device)
             cache = memory.as_strided((1, *block_shape), (cells, *block_strides))
-            write(digit[0].contiguous(), digit[1].contiguous(), cache, slots)
-            found += memory.cpu().round().to(torch.int64) * weight
-            weight *= _RADIX
-            place *= _RADIX
-        position = torch.full((2 * per_side + 1,), -1, dtype=torch.int64)
-        if int(found.min()) < 1 or int(found.max()) > 2 * per_side:
-            raise UnsupportedKVLayout("vLLM's cache update does not store K and V as they are (quantised KV cache?)")
-        position[found] = torch.arange(2 * per_side)
-        position = position[1:]
-        if int(position.min()) < 0:
-            raise UnsupportedKVLayout("vLLM's cache update stores several K or V elements in one place")
-        position = position.view(2, block_size, heads, head_size)
+            slots = torch.arange(block_size, device=device)
+            write(key.to(device).contiguous(), value.to(device).contiguous(), cache, slots)
+            return memory.cpu()
+
+        position = _find_positions(write_block, (2, block_size, heads, head_size), dtype)
         head_stride = int(position[0, 0, 1, 0] - position[0, 0, 0, 0]) if heads > 1 else cells
         regular = all(torch.equal(position[:, :, h], position[:, :, 0] + h * head_stride) for h in range(heads))
         views: list[tuple[list[int], list[int], int] | None] = []
@@ -197,135 +208,3 @@ class BlockLayout:
             strides = _as_strides(side) if regular else None
             views.append((*strides, int(side[0, 0])) if strides else None)
         return cls(heads, block_size, head_size, position, (views[0], views[1]), head_stride)
-
-
-class KVMover:
-    """Copies tokens between a server's paged KV caches and chunk tensors.
-
-    On the CPU kv_host_copy.py does it; elsewhere all tokens move by index on the device, a whole chunk at a time, and
-    cross to or from the host in one copy. All of it is exact, no loop runs over tokens.
-
-    Args:
-        caches: the layers' KV caches, each ``[num_blocks, ...]``; one block fills a piece of memory, in any order.
-        layout: layout of one block, the same in every layer.
-
-    Raises:
-        UnsupportedKVLayout: caches of different shape or dtype, or blocks with gaps.
-    """
-
-    def __init__(self, caches: Sequence[torch.Tensor], layout: BlockLayout) -> None:
-        first = caches[0]
-        for cache in caches:
-            alike = (cache.shape, cache.stride(), cache.dtype, cache.device)
-            if alike != (first.shape, first.stride(), first.dtype, first.device):
-                raise UnsupportedKVLayout("layers with different KV caches cannot be moved (hybrid model)")
-            if not _is_dense(cache.shape[1:], cache.stride()[1:]):
-                raise UnsupportedKVLayout("a KV cache block is not contiguous in memory")
-        self.layout = layout
-        self.caches = list(caches)
-        self.dtype = first.dtype
-        self.device = first.device
-        self._host = threading.local()  # each thread that copies has scratch memory of its own
-        if self.device.type == "cpu":
-            self._host.copies = HostCopies(caches, layout)  # errors come now, not with the first request
-        # for the index: each layer as rows of `run` elements, and where the rows of a token begin
-        run = layout.run
-        if any(c.stride(0) % run or c.storage_offset() % run for c in caches):
-            run = 1
-        self._rows = [
-            c.as_strided((((c.shape[0] - 1) * c.stride(0) + layout.elements) // run, run), (run, 1)) for c in caches
-        ]
-        self._row_stride = first.stride(0) // run
-        self._run = run
-        # the same rows in the widest elements that fit: fewer of them to move
-        self._wide = next(
-            (
-                wide
-                for wide in (torch.int64, torch.int32)
-                if wide.itemsize > self.dtype.itemsize
-                and run * self.dtype.itemsize % wide.itemsize == 0
-                and all(c.data_ptr() % wide.itemsize == 0 for c in caches)
-            ),
-            None,
-        )
-        self._wide_rows = [r.view(self._wide) if self._wide is not None else r for r in self._rows]
-        starts = layout.position.view(2, layout.block_size, -1, run)[..., 0] // run
-        self._row_of = starts.to(self.device)  # [2, block_size, heads * head_size / run]
-
-    def shape(self, tokens: int) -> torch.Size:
-        """Shape of a chunk of ``tokens`` tokens: ``[2, layers, tokens, heads * head_size]``."""
-        return torch.Size((2, len(self.caches), tokens, self.layout.heads * self.layout.head_size))
-
-    def gather(self, chunk: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy the tokens at ``slots`` (``[tokens]`` int64) from all layers into ``chunk`` (``shape(tokens)``)."""
-        self._move(chunk, slots, to_cache=False)
-
-    def scatter(self, chunk: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy ``chunk`` (``shape(tokens)``) into all layers at ``slots`` (``[tokens]`` int64)."""
-        self._move(chunk, slots, to_cache=True)
-
-    def _move(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
-        if chunk.shape != self.shape(slots.numel()) or chunk.dtype != self.dtype:
-            raise ValueError(
-                f"chunk of shape {tuple(chunk.shape)} and {chunk.dtype}; this server's KV cache needs "
-                f"{tuple(self.shape(slots.numel()))} and {self.dtype}"
-            )
-        if self.device.type != "cpu":
-            self._move_on_device(chunk, slots.to(self.device), to_cache)
-            return
-        copies = getattr(self._host, "copies", None)
-        if copies is None:
-            copies = self._host.copies = HostCopies(self.caches, self.layout)
-        copies.move(chunk, slots, to_cache)
-
-    def _move_on_device(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
-        # On the device's current stream, which is the one that vLLM computes on: nothing can overtake.
-        if to_cache:
-            self._move_tokens(chunk.to(self.device, non_blocking=True), slots, to_cache)
-            # the staging memory goes back to the pool when this returns
-            torch.accelerator.current_stream().synchronize()
-            return
-        staging = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
-        self._move_tokens(staging, slots, to_cache)
-        chunk.copy_(staging)
-
-    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
-        """Which rows of a layer's cache hold the tokens at ``slots`` (``[tokens]`` int64 on the device).
-
-        Returns:
-            ``[2, tokens, rows]`` int64: K, V; made once for many calls of :meth:`move_rows`.
-        """
-        size = self.layout.block_size
-        return self._row_of[:, slots % size] + (slots // size * self._row_stride)[None, :, None]
-
-    def row_views(self, chunk: torch.Tensor) -> list[list[torch.Tensor]]:
-        """``chunk`` (``shape(tokens)``, on the device) as :meth:`move_rows` takes it; can be kept and used again."""
-        if self._wide is not None:
-            chunk = chunk.view(self._wide)
-        width = self._wide_rows[0].shape[1]
-        return [[chunk[side, layer].view(-1, width) for layer in range(len(self.caches))] for side in range(2)]
-
-    def move_rows(self, views: list[list[torch.Tensor]], rows: torch.Tensor, to_cache: bool) -> None:
-        """Copy tokens by their ``rows`` into a chunk (its ``row_views``) or from it.
-
-        Only starts work on the device's current stream: one operation for K and one for V of each layer.
-        """
-        for side in range(2):
-            index = rows[side].reshape(-1)
-            for cache, plain in zip(self._wide_rows, views[side], strict=True):
-                if to_cache:
-                    cache.index_copy_(0, index, plain)
-                else:
-                    torch.index_select(cache, 0, index, out=plain)
-
-    def _move_tokens(self, chunk: torch.Tensor, slots: torch.Tensor, to_cache: bool) -> None:
-        size = self.layout.block_size
-        first_rows = (slots // size * self._row_stride).unsqueeze(1)
-        for side in range(2):
-            index = (self._row_of[side][slots % size] + first_rows).view(-1)
-            for layer, rows in enumerate(self._rows):
-                plain = chunk[side, layer].view(-1, self._run)
-                if to_cache:
-                    rows.index_copy_(0, index, plain)
-                else:
-                    torch.index_select(rows, 0, index, out=plain)

@@ -1,7 +1,7 @@
 """Measures, in each worker, how long loads and the computing of prompts take, and tells the scheduler and ``/metrics``.
 
-The way is vLLM's own: what ``Meter.take`` gives goes with the step's output to the scheduler (kv_policy.LoadBook),
-whose totals go on to the API server, where ``LoadMetrics`` counts them. A model runner that does not hand on a
+The way is vLLM's own: what ``Meter.take`` gives goes with the step's output to the scheduler (load_scheduler.py), whose
+totals go on to the API server, where ``LoadMetrics`` counts them. A model runner that does not hand on a
 connector's statistics leaves the policy without estimates: it loads everything then.
 """
 
@@ -17,7 +17,7 @@ from lmcache.logging import init_logger
 from prometheus_client import REGISTRY, Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from disagg_prefill_lmcache_v1.kv.policy import TOTALS, StepNote, merge
+from disagg_prefill_lmcache_v1.kv.load_scheduler import TOTALS, StepMetadata, merge
 
 logger = init_logger(__name__)
 
@@ -142,16 +142,17 @@ class Meter:
 
     def __init__(self, device: str) -> None:
         self._clock = make_clock(device)
-        self._note: StepNote | None = None
+        self._step: StepMetadata | None = None
         self._begin: Any = None
         self._step_loads: list[tuple[Any, Any]] = []
+        self._beside: deque[tuple[str, list[float]]] = deque()  # other threads add to it
         # kind, key, tokens, (begin, end), marks of loads in between
         self._open: deque[tuple[str, Any, int, tuple[Any, Any], list[tuple[Any, Any]]]] = deque()
 
-    def step_begin(self, note: StepNote | None) -> None:
+    def step_begin(self, step: StepMetadata | None) -> None:
         """A step begins: before its loads and before its forward pass."""
-        self._note, self._step_loads = note, []
-        self._begin = self._clock.mark() if self._clock and note and note.compute_tokens else None
+        self._step, self._step_loads = step, []
+        self._begin = self._clock.mark() if self._clock and step and step.compute_tokens else None
 
     def load_begin(self) -> Any:
         """A load begins; give the result to ``load_end``."""
@@ -159,22 +160,30 @@ class Meter:
 
     def load_end(self, begin: Any, request_id: str, tokens: int) -> None:
         """Its KV cache is in place. ``tokens``: how many were loaded; 0 when not all of them arrived."""
-        if self._clock is None or self._note is None:
+        if self._clock is None or self._step is None:
             return
         span = (begin, self._clock.mark())
         self._step_loads.append(span)
-        self._open.append(("load_times", f"{self._note.number}:{request_id}", tokens, span, []))
+        self._open.append(("load_times", f"{self._step.number}:{request_id}", tokens, span, []))
+
+    def loaded(self, request_id: str, step: int, tokens: int, seconds: float) -> None:
+        """A load beside the steps has ended; ``step`` began it. ``tokens`` as for ``load_end``."""
+        if self._clock is not None:
+            self._beside.append((f"{step}:{request_id}", [seconds, 1, tokens]))
 
     def step_end(self) -> None:
         """The forward pass is over (on a card: has been handed over)."""
-        if self._clock is not None and self._note is not None and self._begin is not None:
+        if self._clock is not None and self._step is not None and self._begin is not None:
             span = (self._begin, self._clock.mark())
-            self._open.append(("step_times", self._note.number, 0, span, self._step_loads))
-        self._note, self._begin, self._step_loads = None, None, []
+            self._open.append(("step_times", self._step.number, 0, span, self._step_loads))
+        self._step, self._begin, self._step_loads = None, None, []
 
     def take(self) -> LoadStats | None:
         """What is known by now; None when that is nothing."""
         data: dict[str, dict[Any, list[float]]] = {}
+        while self._beside:
+            key, measured = self._beside.popleft()
+            data.setdefault("load_times", {})[key] = measured
         while self._clock is not None and self._open:
             kind, key, tokens, span, between = self._open[0]
             seconds = self._clock.seconds(*span)
@@ -182,6 +191,6 @@ class Meter:
                 break
             self._open.popleft()
             seconds -= sum(self._clock.seconds(*load) or 0.0 for load in between)
-            # One rank has spoken; see LoadBook.observe.
+            # One rank has spoken; see LoadScheduler.observe.
             data.setdefault(kind, {})[key] = [max(seconds, 0.0), 1, *([tokens] if kind == "load_times" else [])]
         return LoadStats(data=data) if data else None

@@ -25,11 +25,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1.kv.fingerprint import digest, model_fingerprint
 from disagg_prefill_lmcache_v1.kv.identity import Identities
+from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler
 from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
 from disagg_prefill_lmcache_v1.kv.mp_client import GuardedWorker, PatientClient
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
-from disagg_prefill_lmcache_v1.kv.policy import LoadBook, LoadPolicy, mode_from_environment
-from disagg_prefill_lmcache_v1.kv.visibility import Announcer, wait_timeout_s
+from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
+from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 
 logger = init_logger(__name__)
 
@@ -68,7 +70,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         ValueError, ConnectionError: with what to change.
     """
 
-    _book: LoadBook | None = None  # the scheduler's
+    _load_scheduler: LoadScheduler | None = None  # the scheduler's
     _meter: Meter | None = None  # the worker's
     _confirmer: Confirmer | None = None
 
@@ -84,11 +86,11 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             self._guard = GuardedWorker(self.worker_adapter, timeout_s)
             self._loads: dict[str, tuple[str, float, int, set[int]]] = {}
             if self._announcer and self._can_store and vllm_config.parallel_config.rank == 0:
-                self._confirmer = Confirmer(self.worker_adapter, self._announcer, wait_timeout_s())
+                self._confirmer = Confirmer(self.worker_adapter, self._announcer, from_environment().wait_timeout)
         else:
             self._idle = True
             self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
-            self._book = LoadBook(LoadPolicy(mode_from_environment()), self._ranks)
+            self._load_scheduler = LoadScheduler(LoadPolicy(from_environment().load), self._ranks)
             adapter = self.scheduler_adapter
             self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
             adapter.req_clients = dict(zip(adapter.req_clients, self._clients, strict=True))
@@ -98,17 +100,17 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._meter:
-            self._meter.step_begin(getattr(connector_metadata, "load_note", None))
+            self._meter.step_begin(getattr(connector_metadata, "step", None))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata, begin = self._get_connector_metadata(), time.perf_counter()
         super().start_load_kv(forward_context, **kwargs)
-        note = getattr(metadata, "load_note", None)
+        step = getattr(metadata, "step", None)
         for request in metadata.requests:
             if request.direction == "RETRIEVE":
                 op = request.op
                 tokens = op.end - op.start - op.skip_first_n_tokens
-                name = f"{note.number if note else 0}:{request.request_id}"
+                name = f"{step.number if step else 0}:{request.request_id}"
                 self._loads[request.request_id] = (name, begin, tokens, set(op.flat_block_ids))
 
     def wait_for_save(self) -> None:
@@ -147,7 +149,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             stats, self._load_stats = self._load_stats, None
             measured = self._meter.take()
             return stats.aggregate(measured) if stats and measured else stats or measured
-        totals = self._book.take() if self._book else {}
+        totals = self._load_scheduler.take() if self._load_scheduler else {}
         return LoadStats(data=totals) if totals else None
 
     @classmethod
@@ -162,8 +164,8 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
 
     def update_connector_output(self, connector_output: Any) -> None:
         stats = connector_output.kv_connector_stats
-        if self._book and isinstance(stats, LoadStats):
-            self._book.observe(stats.data)
+        if self._load_scheduler and isinstance(stats, LoadStats):
+            self._load_scheduler.observe(stats.data)
             connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
         super().update_connector_output(connector_output)
 
@@ -187,22 +189,22 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
             if found is None:
                 time.sleep(_POLL_S)  # the server is still looking
-        if not found or self._book is None or self._book.choose(name, found):
+        if not found or self._load_scheduler is None or self._load_scheduler.choose(name, found):
             return found, asynchronous
         return 0, False  # LMCache gives the locks back in update_state_after_alloc
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         name = request.request_id
-        if self._book:
-            self._book.scheduled(name, num_external_tokens)
-            if not num_external_tokens and not self._book.choose(name, 0):
+        if self._load_scheduler:
+            self._load_scheduler.scheduled(name, num_external_tokens)
+            if not num_external_tokens and not self._load_scheduler.choose(name, 0):
                 self.request_trackers[name].num_lmcache_hit_tokens = 0  # not loaded: LMCache counts it as computed
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         name = request.request_id
-        if self._book:
-            self._book.finished(name)
+        if self._load_scheduler:
+            self._load_scheduler.finished(name)
         for client in self._clients:
             client.forget(name)
         tracker = self.request_trackers.get(name)
@@ -227,8 +229,8 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         meta = super().build_connector_meta(scheduler_output)
         self._idle = scheduler_output.total_num_scheduled_tokens == 0
-        if self._book:
-            meta.load_note = self._book.step(self._begun(scheduler_output), scheduler_output.num_scheduled_tokens)
+        if self._load_scheduler:
+            meta.step = self._load_scheduler.step(self._begun(scheduler_output), scheduler_output.num_scheduled_tokens)
         if self._can_store:
             for request in scheduler_output.scheduled_new_reqs:
                 self._announcer.begin(request.req_id)

@@ -14,189 +14,21 @@ is the store itself (stores/shm.py) saves the copies in between.
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from lmcache.logging import init_logger
 
-from disagg_prefill_lmcache_v1.kv.layout import KVMover
+from disagg_prefill_lmcache_v1.kv.device_copy import CopyEvent, CudaCopy, HostCopy
+from disagg_prefill_lmcache_v1.kv.mover import KVMover
 from disagg_prefill_lmcache_v1.kv.stores.base import Fetch, Store
 
 logger = init_logger(__name__)
 
-THREADS_VARIABLE = "DISAGG_KV_COPY_THREADS"
-DEFAULT_COPY_THREADS = 2
 # Chunks that are staged with one call: few calls, and the first chunk need not wait for memory for the last.
 STAGE_AT_ONCE = 8
-# Device memory for chunks between the KV cache and the host. The engine waits only when all of it is on its way.
-DEVICE_STAGING_BYTES = 512 << 20
-
-
-class Written(Protocol):
-    """The end of a copy: ``synchronize`` waits for it."""
-
-    def synchronize(self) -> Any: ...
-
-
-class HostCopy:
-    """Copies chunks on the CPU, several at a time: for KV caches in host memory, and devices without streams of ours.
-
-    Args:
-        threads: copies at a time (``DISAGG_KV_COPY_THREADS``). One core cannot use all of the memory's bandwidth, and
-            the engine waits meanwhile.
-
-    Raises:
-        ValueError: the variable is not a number of threads.
-    """
-
-    def __init__(self, mover: KVMover, threads: int | None = None) -> None:
-        self._mover = mover
-        # on a device the copy must be on the stream of the thread that computes
-        here = mover.device.type != "cpu"
-        self._threads = None if here else ThreadPoolExecutor(threads or copy_threads(), thread_name_prefix="kv-copy")
-        self._pending: list[Future[None]] = []
-
-    def use_memory(self, regions: Iterable[tuple[int, int]]) -> None:
-        pass
-
-    def begin(self, slots: torch.Tensor) -> Any:
-        return slots if self._mover.device.type != "cpu" else slots.cpu()
-
-    def gather(self, chunk: torch.Tensor, slots: Any, start: int, end: int) -> Written:
-        """Copy the tokens ``start`` to ``end`` of ``slots`` into ``chunk``."""
-        return self._start(self._mover.gather, chunk, slots[start:end])
-
-    def scatter(self, chunk: torch.Tensor, skip: int, slots: Any, start: int, end: int) -> Written:
-        """Copy all but the first ``skip`` tokens of ``chunk`` to the tokens ``start`` to ``end`` of ``slots``."""
-        return self._start(self._mover.scatter, chunk[:, :, skip:], slots[start:end])
-
-    def _start(self, move: Callable[[torch.Tensor, torch.Tensor], None], chunk: torch.Tensor, slots: Any) -> Written:
-        if self._threads is None:
-            move(chunk, slots)
-            return _Copied(None)
-        future = self._threads.submit(torch.inference_mode()(move), chunk, slots)
-        self._pending.append(future)
-        return _Copied(future)
-
-    def finish(self) -> None:
-        """Wait until the KV cache may be used again. Raises what a copy has raised."""
-        pending, self._pending = self._pending, []
-        wait(pending)
-        for future in pending:
-            future.result()
-
-
-class _Copied:
-    def __init__(self, future: Future[None] | None) -> None:
-        self._future = future
-
-    def synchronize(self) -> None:
-        if self._future is not None:
-            self._future.result()
-
-
-def copy_threads() -> int:
-    """``DISAGG_KV_COPY_THREADS``, by default 2, or 1 on one core."""
-    text = os.environ.get(THREADS_VARIABLE, "") or str(min(DEFAULT_COPY_THREADS, os.cpu_count() or 1))
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
-        raise ValueError(f"{THREADS_VARIABLE}={text!r}: allowed: a whole number from 1 to 256")
-    return int(text)
-
-
-class CudaCopy:
-    """Copies chunks on the device's streams; nothing here waits on the CPU.
-
-    Gather and scatter run on vLLM's own stream, so that nothing overtakes its writes and reads of the KV cache; the
-    copies to and from the host run on streams of their own, through a ring of staging chunks on the device.
-
-    Args:
-        tokens: of a whole chunk.
-    """
-
-    def __init__(self, mover: KVMover, tokens: int, staging_bytes: int = DEVICE_STAGING_BYTES) -> None:
-        self._mover = mover
-        count = max(2, staging_bytes // (mover.shape(tokens).numel() * mover.dtype.itemsize))
-        whole = mover.shape(tokens)
-        self._ring = [torch.empty(whole, dtype=mover.dtype, device=mover.device) for _ in range(count)]
-        self._views = [mover.row_views(staging) for staging in self._ring]
-        # per staging chunk: when it may be written again
-        self._free: list[torch.cuda.Event | None] = [None] * count
-        self._turn = itertools.cycle(range(count))
-        self._to_host = torch.cuda.Stream(mover.device)
-        self._to_device = torch.cuda.Stream(mover.device)
-        self._registered: dict[int, int] = {}
-
-    def finish(self) -> None:
-        """The device's stream knows by itself when to go on."""
-
-    def use_memory(self, regions: Iterable[tuple[int, int]]) -> None:
-        """Let the device read and write host memory directly, (address, bytes) each; from now on no other."""
-        regions = list(regions)
-        for address in self._registered.keys() - dict(regions).keys():
-            torch.cuda.synchronize(self._mover.device)
-            torch.cuda.cudart().cudaHostUnregister(address)
-            del self._registered[address]
-        for address, size in regions:
-            if self._registered.get(address) == size or _is_pinned(address):
-                continue
-            code = torch.cuda.cudart().cudaHostRegister(address, size, 0)
-            if int(code) == 0:
-                self._registered[address] = size
-            else:
-                logger.warning("%d MiB of host memory cannot be registered (%s): copies are slower", size >> 20, code)
-
-    def _staging(self, turn: int, shape: torch.Size) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        staging = self._ring[turn]
-        if shape == staging.shape:
-            return staging, self._views[turn]
-        staging = staging.view(-1)[: shape.numel()].view(shape)
-        return staging, self._mover.row_views(staging)
-
-    def begin(self, slots: torch.Tensor) -> Any:
-        return self._mover.rows_of(slots.to(self._mover.device, non_blocking=True))
-
-    def gather(self, chunk: torch.Tensor, rows: Any, start: int, end: int) -> Written:
-        compute = torch.cuda.current_stream(self._mover.device)
-        turn = next(self._turn)
-        if (free := self._free[turn]) is not None:
-            compute.wait_event(free)
-        staging, views = self._staging(turn, chunk.shape)
-        self._mover.move_rows(views, rows[:, start:end], to_cache=False)
-        self._to_host.wait_stream(compute)
-        with torch.cuda.stream(self._to_host):
-            chunk.copy_(staging, non_blocking=True)
-            written = torch.cuda.Event(blocking=True)
-            written.record()
-        self._free[turn] = written
-        return written
-
-    def scatter(self, chunk: torch.Tensor, skip: int, rows: Any, start: int, end: int) -> Written:
-        compute = torch.cuda.current_stream(self._mover.device)
-        turn = next(self._turn)
-        if (free := self._free[turn]) is not None:
-            self._to_device.wait_event(free)
-        staging, views = self._staging(turn, chunk.shape)
-        with torch.cuda.stream(self._to_device):
-            staging.copy_(chunk, non_blocking=True)
-            read = torch.cuda.Event(blocking=True)
-            read.record()
-        compute.wait_event(read)
-        if skip:
-            views = self._mover.row_views(staging[:, :, skip:])
-        self._mover.move_rows(views, rows[:, start:end], to_cache=True)
-        self._free[turn] = torch.cuda.Event()
-        self._free[turn].record(compute)
-        return read
-
-
-def _is_pinned(address: int) -> bool:
-    return torch.frombuffer((ctypes.c_byte * 1).from_address(address), dtype=torch.uint8).is_pinned()
 
 
 class KVTransfer:
@@ -204,7 +36,7 @@ class KVTransfer:
 
     Args:
         engine: LMCache's.
-        copy: HostCopy or CudaCopy.
+        copy: of stores; ``load_copy`` of loads, which may be made by several threads beside the engine's.
         submitted, done: called with keys when they are on their way to the store, and with each when its way has
             ended, well or not.
     """
@@ -217,15 +49,21 @@ class KVTransfer:
         store: Store,
         submitted: Callable[[list[Any]], None],
         done: Callable[[Any], None],
+        load_copy: HostCopy | CudaCopy | None = None,
     ) -> None:
         self._engine, self._mover, self._copy, self._store = engine, mover, copy, store
+        self._load_copy = load_copy or copy
         self._submitted, self._done = submitted, done
         self._puts_fail = False
         self._putters = ThreadPoolExecutor(store.links, thread_name_prefix="kv-put")
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="kv-release")
-        copy.use_memory(store.memory())
+        self._use_memory()
         if hasattr(store, "on_remap"):  # its memory is another one after a restart
-            store.on_remap = lambda: copy.use_memory(store.memory())
+            store.on_remap = self._use_memory
+
+    def _use_memory(self) -> None:
+        for copy in {self._copy, self._load_copy}:
+            copy.use_memory(self._store.memory())
 
     def _ranges(self, tokens: Any, mask: Any, request_configs: Any) -> list[tuple[int, int, Any]]:
         chunks = self._engine.token_database.process_tokens(tokens=tokens, mask=mask, request_configs=request_configs)
@@ -251,16 +89,16 @@ class KVTransfer:
             chunks = self._ranges(tokens, mask, kwargs.get("request_configs"))
         self._submitted([key for _, _, key in chunks])
         with stats.profile_from_gpu():
-            slots = self._copy.begin(kwargs["slot_mapping"])
+            job = self._copy.begin(kwargs["slot_mapping"])
             left = chunks
             while left:
-                count = self._store_some(left[:STAGE_AT_ONCE], slots)
+                count = self._store_some(left[:STAGE_AT_ONCE], job)
                 if not count:  # of no use without those before them
                     for _, _, key in left:
                         self._done(key)
                     break
                 left = left[count:]
-            self._copy.finish()
+            self._copy.finish(job)
         stored = sum(end - start for start, end, _ in chunks[: len(chunks) - len(left)])
         engine.stats_monitor.on_store_finished(stats, stored)
         logger.info(
@@ -268,7 +106,7 @@ class KVTransfer:
             kwargs.get("req_id"), stored, len(tokens), stats.time_to_store() * 1000,
         )  # fmt: skip
 
-    def _store_some(self, chunks: list[tuple[int, int, Any]], slots: Any) -> int:
+    def _store_some(self, chunks: list[tuple[int, int, Any]], job: Any) -> int:
         """Store as many as there is memory for now; returns how many, 0 if there will be none."""
         keys = [key for _, _, key in chunks]
         try:
@@ -281,11 +119,11 @@ class KVTransfer:
         for (start, end, key), tensor, there in zip(chunks, tensors, present, strict=False):
             if tensor is not None:
                 try:
-                    written = self._copy.gather(tensor, slots, start, end)
+                    copied = self._copy.gather(tensor, job, start, end)
                 except BaseException:
                     self._store.abandon(keys[count:], tensors[count:])
                     raise
-                self._putters.submit(self._put, key, tensor, written)
+                self._putters.submit(self._put, key, tensor, copied)
             elif there:
                 self._done(key)
             else:
@@ -295,10 +133,10 @@ class KVTransfer:
             count += 1
         return count
 
-    def _put(self, key: Any, tensor: torch.Tensor, written: Written) -> None:
+    def _put(self, key: Any, tensor: torch.Tensor, copied: CopyEvent) -> None:
         try:
             try:
-                written.synchronize()
+                copied.synchronize()
             except BaseException:
                 self._store.abandon([key], [tensor])
                 raise
@@ -317,8 +155,9 @@ class KVTransfer:
 
         Args:
             tokens, mask: as for :meth:`store`.
-            kwargs: ``slot_mapping`` ``[tokens]`` int64, ``vllm_cached_tokens`` (not written: their blocks may be in
-                use), ``request_configs``, ``req_id``.
+            kwargs: ``slot_mapping`` ``[tokens]`` int64, or shorter: what lies behind has no room in the KV cache and is
+                not written; ``vllm_cached_tokens`` (not written: their blocks may be in use), ``request_configs``,
+                ``req_id``.
 
         Returns:
             ``[tokens]`` bool: loaded, from the first on without a gap.
@@ -351,31 +190,34 @@ class KVTransfer:
     def _load(
         self, chunks: list[tuple[int, int, Any]], arrived: list[bool], mapping: torch.Tensor, cached: int
     ) -> None:
-        slots = self._copy.begin(mapping)
         try:
             fetch = self._store.fetch([key for _, _, key in chunks])
         except Exception as error:
             logger.warning("KV is not loaded: %s", error)
             return
+        copy, room = self._load_copy, len(mapping)
+        job = copy.begin(mapping)
         try:
             for index, tensor in fetch:
                 start, end, _ = chunks[index]
-                first = max(start, cached)
-                whole = tensor.shape == self._mover.shape(end - start)
                 # Blocks that vLLM had cached may be shared with running requests: only later tokens are written.
-                if whole and first < end:
-                    read = self._copy.scatter(tensor, first - start, slots, first, end)
+                first, last = max(start, cached), min(end, room)
+                whole = tensor.shape == self._mover.shape(end - start)
+                if whole and first < last:
+                    read = copy.scatter(tensor, first - start, job, first, last)
                     # its memory may be what the next chunk is waiting for
                     self._releaser.submit(self._release, fetch, index, read)
                 else:
                     fetch.done(index)
                 arrived[index] = whole
-            self._copy.finish()
         finally:
-            self._releaser.submit(fetch.close)  # after the chunks: it is one thread
+            try:
+                copy.finish(job)  # whatever happened: nothing may write to these blocks later
+            finally:
+                self._releaser.submit(fetch.close)  # after the chunks: it is one thread
 
     @staticmethod
-    def _release(fetch: Fetch, index: int, read: Written) -> None:
+    def _release(fetch: Fetch, index: int, read: CopyEvent) -> None:
         try:
             read.synchronize()
         finally:

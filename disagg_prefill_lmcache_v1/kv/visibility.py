@@ -3,7 +3,7 @@
 LMCache puts KV into the store after the prefill request has been answered, so a decode sent at once finds part of it
 or nothing, and vLLM recomputes in silence. Here the prefiller's answer itself is the promise:
 
-1. the engine's scheduler says ``begin`` for every request that it schedules (kv_connector.py),
+1. the engine's scheduler says ``begin`` for every request that it schedules (scheduler.py),
 2. each tensor parallel rank says ``end`` when its shard of the request's KV was looked up in the store and found,
 3. ``HoldUntilVisible``, an ASGI middleware in the same server (``vllm serve --middleware``), holds the answer until
    every request that began has ended on every rank, or a deadline has passed.
@@ -27,7 +27,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import queue
 import socket
 import threading
@@ -36,9 +35,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-SOCKET_VARIABLE = "DISAGG_KV_VISIBILITY"
-TIMEOUT_VARIABLE = "DISAGG_KV_WAIT_TIMEOUT"
-DEFAULT_TIMEOUT_S = 10.0
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
 
 # vLLM puts one of these before the X-Request-Id of a request (completions, chat and messages, responses)
 _ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
@@ -54,24 +51,6 @@ Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 
 
-def wait_timeout_s() -> float:
-    """Seconds an answer is held at most (``DISAGG_KV_WAIT_TIMEOUT``).
-
-    Raises:
-        ValueError: the variable is not a positive number.
-    """
-    text = os.environ.get(TIMEOUT_VARIABLE, "")
-    if not text:
-        return DEFAULT_TIMEOUT_S
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 3600:
-        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: a number of seconds above 0 and below 3600 is allowed")
-    return seconds
-
-
 def _address(name: str) -> str:
     return "\0" + name[1:] if name.startswith("@") else name
 
@@ -80,7 +59,7 @@ class Announcer:
     """Sends begin and end of requests to the API server; silent where nobody listens."""
 
     def __init__(self, name: str | None = None) -> None:
-        name = os.environ.get(SOCKET_VARIABLE, "") if name is None else name
+        name = from_environment().visibility if name is None else name
         self._address = _address(name)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if name else None
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -253,8 +232,8 @@ class HoldUntilVisible:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
-        self._name = os.environ.get(SOCKET_VARIABLE, "")
-        self._timeout_s = wait_timeout_s()
+        self._name = from_environment().visibility
+        self._timeout_s = from_environment().wait_timeout
         self._listener: Listener | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

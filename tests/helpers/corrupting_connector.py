@@ -15,9 +15,9 @@ LAYER = 3
 class LMCacheDisaggConnectorV1(kv_connector.LMCacheDisaggConnectorV1):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
-        if self._role_name != "kv_consumer":
+        if self._worker.role != "kv_consumer":
             return
-        mover = self._paged.mover
+        mover = self._worker.paged.mover
         scatter = mover.scatter
 
         def corrupting_scatter(chunk: Any, slots: Any) -> None:

@@ -1,4 +1,4 @@
-"""kv_connector: what it adds to LMCache's connector, each against LMCache's own classes."""
+"""The connector: what it adds to LMCache's connector, each against LMCache's own classes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ pytest.importorskip("lmcache", reason="LMCache is not installed: its connector i
 from lmcache.integration.vllm.vllm_v1_adapter import (
     LMCacheConnectorMetadata,
     LMCacheConnectorV1Impl,
+    LoadSpec,
     ReqMeta,
     RequestTracker,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from disagg_prefill_lmcache_v1.kv import connector as kv_connector
 from disagg_prefill_lmcache_v1.kv import meter as kv_meter
-from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1, PagedKVConnector, PutTracker
+from disagg_prefill_lmcache_v1.kv import patches, support
+from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1
 from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler, StepMetadata
 from disagg_prefill_lmcache_v1.kv.meter import Meter
-from disagg_prefill_lmcache_v1.kv.policy import LOADS_TRUSTED, LoadBook, LoadPolicy, StepNote
+from disagg_prefill_lmcache_v1.kv.paged import PagedKVConnector
+from disagg_prefill_lmcache_v1.kv.policy import LOADS_TRUSTED, LoadPolicy
+from disagg_prefill_lmcache_v1.kv.put_tracker import PutTracker
+from disagg_prefill_lmcache_v1.kv.scheduler import DisaggScheduler
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
+from disagg_prefill_lmcache_v1.kv.worker import DisaggWorker
 
 BLOCK, CHUNK = 32, 64
 
@@ -65,8 +72,9 @@ class Prefill:
         )  # fmt: skip
         self.connector = object.__new__(LMCacheDisaggConnectorV1)
         self.connector._lmcache_engine = self.impl
-        self.connector._announcer = Heard()
-        self.connector._role_name = "kv_producer"
+        self.heard = Heard()
+        loads = LoadScheduler(LoadPolicy("always"))
+        self.connector._scheduler = DisaggScheduler(self.impl, "kv_producer", loads, self.heard)
         self.first = True
 
     def step(self, tokens, patched=True):
@@ -80,8 +88,11 @@ class Prefill:
         if request is not None:
             meta.add_request(request)
         if patched:
-            new = [SimpleNamespace(req_id="r")] if self.first else []
-            output = SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens={"r": tokens})
+            new = [SimpleNamespace(req_id="r", prompt_token_ids=[0] * self.prompt_len, num_computed_tokens=0)]
+            output = SimpleNamespace(
+                scheduled_new_reqs=new if self.first else [], num_scheduled_tokens={"r": tokens},
+                scheduled_cached_reqs=SimpleNamespace(req_ids=[], resumed_req_ids=set(), num_computed_tokens=[]),
+            )  # fmt: skip
             self.impl.build_connector_meta = lambda _: meta
             meta = self.connector.build_connector_meta(output)
         self.first = False
@@ -144,30 +155,52 @@ def test_every_request_is_announced_once_and_unstored_ones_end():
     prefill = Prefill(100)
     prefill.step(70)
     prefill.step(30)
-    assert prefill.connector._announcer.said == [("begin", "r")]
+    assert prefill.heard.said == [("begin", "r")]
     unstored = Prefill(100, configs={"lmcache.skip_save": True})
     assert unstored.step(70) is None
     assert unstored.step(30) is None
-    assert unstored.connector._announcer.said == [("begin", "r"), ("end", "r", "none", "")]
+    assert unstored.heard.said == [("begin", "r"), ("end", "r", "none", "")]
 
 
 # loads
 
 
+def make_worker(engine, device="cpu"):
+    """A worker whose engine's ``retrieve`` is what loads; no store of ours."""
+    worker = object.__new__(DisaggWorker)
+    engine.config = SimpleNamespace(chunk_size=CHUNK)
+    engine.stats_monitor = SimpleNamespace(
+        update_interval_vllm_hit_tokens=lambda n: None, update_interval_prompt_tokens=lambda n: None
+    )
+    if not hasattr(engine, "lookup_unpin"):
+        engine.lookup_unpin = lambda request_id: None
+    vars(worker).update(
+        engine=engine, role="kv_consumer", meter=Meter(device), failed_blocks=set(), finished=set(), _transfer=None,
+        _tracker=None, _loader=None, _step=None, _block_size=BLOCK, _kv_caches=[], _device=torch.device("cpu"),
+    )  # fmt: skip
+    return worker
+
+
+def to_load(tokens, cached=0, name="r", slots=None):
+    """LMCache's metadata for a request of which ``tokens`` are to be loaded."""
+    return ReqMeta(
+        name, [0] * tokens, torch.arange(tokens) if slots is None else slots, load_spec=LoadSpec(cached, tokens, True)
+    )
+
+
 def checked(loaded, cached=0, tokens=200):
     """Block numbers reported for a load of ``tokens`` of which ``loaded`` arrived and vLLM had ``cached``."""
-    connector = object.__new__(LMCacheDisaggConnectorV1)
-    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
-    arrived = torch.zeros(tokens, dtype=torch.bool)
-    arrived[:loaded] = True
-    engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: arrived)
-    connector._watch_loads(engine)
-    mask = torch.ones(tokens, dtype=torch.bool)
-    mask[: cached // CHUNK * CHUNK] = False
-    arrived &= mask
-    slots = torch.arange(tokens) + 10 * BLOCK
-    assert engine.retrieve([0] * tokens, mask, slot_mapping=slots, vllm_cached_tokens=cached) is arrived
-    return connector._lmcache_engine._invalid_block_ids
+
+    def retrieve(token_ids, mask, **kwargs):
+        arrived = torch.zeros(tokens, dtype=torch.bool)
+        arrived[:loaded] = True
+        assert int((~mask).sum()) == cached // CHUNK * CHUNK
+        assert kwargs["vllm_cached_tokens"] == cached
+        return arrived & mask
+
+    worker = make_worker(SimpleNamespace(retrieve=retrieve))
+    worker.start_load([to_load(tokens, cached, slots=torch.arange(tokens) + 10 * BLOCK)])
+    return worker.take_failed_blocks()
 
 
 def test_complete_loads_report_nothing():
@@ -228,8 +261,9 @@ class Scheduler:
             _manager=SimpleNamespace(lookup_client=Lookup(found), lmcache_engine=None),
         )  # fmt: skip
         self.connector = object.__new__(LMCacheDisaggConnectorV1)
-        self.connector._lmcache_engine, self.connector._announcer, self.connector._role_name = impl, Heard(), role
-        self.book = self.connector._book = LoadBook(LoadPolicy("always" if loads else "never"))
+        self.connector._lmcache_engine = impl
+        self.loads = LoadScheduler(LoadPolicy("always" if loads else "never"))
+        self.connector._scheduler = DisaggScheduler(impl, role, self.loads, Heard())
         self.impl = impl
         self.request = SimpleNamespace(
             request_id="r", all_token_ids=list(range(prompt_len)), prompt_token_ids=list(range(prompt_len)),
@@ -265,7 +299,7 @@ def test_a_request_that_loads_is_as_without_a_policy():
     meta, tokens = scheduler.schedule()
     assert tokens == 299
     assert meta.requests[0].load_spec.can_load
-    assert (meta.load_note.compute_tokens, meta.load_note.released) == (0, [])
+    assert (meta.step.compute_tokens, meta.step.released) == (0, [])
     assert scheduler.connector.get_kv_connector_stats().data == {"loads": 1}
 
 
@@ -275,14 +309,14 @@ def test_a_request_that_computes_loads_nothing_and_leaves_nothing_behind(role):
     meta, tokens = scheduler.schedule(cached=64)
     assert tokens == 0
     assert all(not request.load_spec or not request.load_spec.can_load for request in meta.requests)
-    assert (meta.load_note.compute_tokens, meta.load_note.released) == (236, ["r"])
+    assert (meta.step.compute_tokens, meta.step.released) == (236, ["r"])
     assert scheduler.connector.get_kv_connector_stats().data == {"recomputes": 1, "recomputed_tokens": 192}
     assert scheduler.impl.load_specs == {}
     if role == "kv_producer":
         saved = [request.save_spec for request in meta.requests if request.save_spec.can_save]
         assert [spec.skip_leading_tokens for spec in saved] == [0], "stored whole, as if the store had nothing"
     scheduler.connector.request_finished(scheduler.request, [])
-    assert scheduler.book._choices == {}
+    assert scheduler.loads._choices == {}
 
 
 @pytest.mark.parametrize("loads", [True, False])
@@ -291,45 +325,48 @@ def test_a_preempted_request_comes_back(loads):
     scheduler.schedule()
     meta, tokens = scheduler.schedule(cached=64, resumed=True)  # LMCache checks the count of tokens itself
     assert tokens == (192 if loads else 0)
-    assert meta.load_note.compute_tokens == (0 if loads else 236)  # the 44 left are too few to be measured
+    assert meta.step.compute_tokens == (0 if loads else 236)  # the 44 left are too few to be measured
     assert len(scheduler.connector.get_kv_connector_stats().data) == (1 if loads else 2)
 
 
 def test_what_the_store_lacks_is_no_choice():
     scheduler = Scheduler(False, found=0)
     meta, tokens = scheduler.schedule()
-    assert (tokens, meta.load_note.released, meta.load_note.compute_tokens) == (0, [], 300)
+    assert (tokens, meta.step.released, meta.step.compute_tokens) == (0, [], 300)
     assert scheduler.connector.get_kv_connector_stats() is None
+
+
+def worker_output(worker):
+    return SimpleNamespace(
+        kv_connector_stats=worker.meter.take(), invalid_block_ids=worker.take_failed_blocks(),
+        finished_recving=worker.take_finished(),
+    )  # fmt: skip
 
 
 def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
     scheduler = Scheduler(True, found=300)
     meta, _ = scheduler.schedule()
-    worker = object.__new__(LMCacheDisaggConnectorV1)
     unpinned = []
     engine = SimpleNamespace(
         retrieve=lambda tokens, mask=None, **kwargs: torch.ones(len(tokens), dtype=torch.bool),
         lookup_unpin=unpinned.append,
     )
-    worker._lmcache_engine = SimpleNamespace(
-        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
-    )
-    worker._meter, worker._tracker = Meter("cpu"), None
-    worker._watch_loads(engine)
-    meta.load_note.compute_tokens, meta.load_note.released = 300, ["q"]
-    scheduler.book._steps[meta.load_note.number] = [(300, 300)]
-    worker.bind_connector_metadata(meta)
-    engine.retrieve([0] * 300, None, vllm_cached_tokens=44, req_id="r", slot_mapping=torch.arange(300))
-    worker.wait_for_save()
-    assert unpinned == ["q"]
-    output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+    worker = make_worker(engine)
+    meta.step.compute_tokens, meta.step.released = 300, ["q"]
+    scheduler.loads._steps[meta.step.number] = [(300, 300)]
+    worker.step_begin(meta.step)
+    worker.start_load([to_load(300, cached=44)])
+    worker.forward_end()
+    worker.step_end([])
+    assert unpinned == ["r", "q"]
+    output = worker_output(worker)
     scheduler.connector.update_connector_output(output)
     assert output.kv_connector_stats is None, "what the workers measured is for the scheduler alone"
     totals = scheduler.connector.get_kv_connector_stats().data
     assert (totals["loads"], totals["loaded_tokens"], totals["compute_tokens"]) == (1, 256, 300)
     assert totals["load_seconds"] > 0
     assert scheduler.connector.get_kv_connector_stats() is None
-    assert worker.get_kv_connector_stats() is None
+    assert worker.meter.take() is None
 
 
 def test_a_runner_that_reports_only_transfers_is_helped(monkeypatch):
@@ -337,11 +374,12 @@ def test_a_runner_that_reports_only_transfers_is_helped(monkeypatch):
 
     monkeypatch.setattr(KVConnectorOutput, "__init__", KVConnectorOutput.__init__)
     connector = object.__new__(LMCacheDisaggConnectorV1)
-    connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=lambda: {3, 4})
-    connector._meter = Meter("cpu")
-    connector._meter.step_begin(StepNote(1, 300))
-    connector._meter.step_end()
-    kv_connector._report_everything(connector)
+    connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=lambda: {3})
+    connector._worker = make_worker(SimpleNamespace())
+    connector._worker.failed_blocks = {4}
+    connector._worker.step_begin(StepMetadata(1, 300))
+    connector._worker.forward_end()
+    patches.report_everything(connector)
     output = KVConnectorOutput(finished_sending=None, finished_recving={"r"})
     assert (output.finished_recving, output.invalid_block_ids) == ({"r"}, {3, 4})
     assert list(output.kv_connector_stats.data) == ["step_times"]
@@ -359,26 +397,21 @@ def test_slow_loads_make_auto_compute(monkeypatch):
         clock.now += 0.002 * len(tokens)
         return torch.ones(len(tokens), dtype=torch.bool)
 
-    engine = SimpleNamespace(retrieve=retrieve, lookup_unpin=lambda request_id: None)
-    worker = object.__new__(LMCacheDisaggConnectorV1)
-    worker._lmcache_engine = SimpleNamespace(
-        lmcache_engine=engine, wait_for_save=lambda: None, _invalid_block_ids=set(), _block_size=BLOCK
-    )
-    worker._meter, worker._tracker = Meter("any"), None
-    worker._watch_loads(engine)
-    book = LoadBook(LoadPolicy("auto"))
-    book.policy.record_compute(256, 0.256)  # the calibration
+    worker = make_worker(SimpleNamespace(retrieve=retrieve), "any")
+    loads = LoadScheduler(LoadPolicy("auto"))
+    loads.policy.record_compute(256, 0.256)  # the calibration
     loaded = []
     for _ in range(10):
         scheduler = Scheduler(True, found=300)
-        scheduler.connector._book = book
+        scheduler.connector._scheduler.loads = loads
         meta, tokens = scheduler.schedule()
-        worker.bind_connector_metadata(meta)
+        worker.step_begin(meta.step)
         if tokens:
-            engine.retrieve([0] * 300, None, req_id="r")
+            worker.start_load([to_load(300)])
         clock.now += 0.001 * (300 - tokens)
-        worker.wait_for_save()
-        output = SimpleNamespace(kv_connector_stats=worker.get_kv_connector_stats())
+        worker.forward_end()
+        worker.step_end([])
+        output = worker_output(worker)
         scheduler.connector.update_connector_output(output)
         scheduler.connector.request_finished(scheduler.request, [])
         loaded.append(tokens)
@@ -396,14 +429,11 @@ def test_slow_loads_make_auto_compute(monkeypatch):
 
 
 def test_an_incomplete_load_is_no_measurement():
-    connector = object.__new__(LMCacheDisaggConnectorV1)
-    connector._lmcache_engine = SimpleNamespace(_invalid_block_ids=set(), _block_size=BLOCK)
-    connector._meter = Meter("cpu")
     engine = SimpleNamespace(retrieve=lambda tokens, mask=None, **kwargs: torch.zeros(len(tokens), dtype=torch.bool))
-    connector._watch_loads(engine)
-    connector._meter.step_begin(StepNote(1, 0))
-    engine.retrieve([0] * 64, None, req_id="r", slot_mapping=torch.arange(64))
-    (load,) = connector.get_kv_connector_stats().data["load_times"].values()
+    worker = make_worker(engine)
+    worker.step_begin(StepMetadata(1, 0))
+    worker.start_load([to_load(64)])
+    (load,) = worker.meter.take().data["load_times"].values()
     assert load[2] == 0
 
 
@@ -420,7 +450,6 @@ class Store:
 
 @pytest.fixture
 def tracker(monkeypatch):
-    monkeypatch.setenv("DISAGG_KV_WAIT_TIMEOUT", "0.5")
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -431,8 +460,8 @@ def tracker(monkeypatch):
         token_database=SimpleNamespace(process_tokens=lambda tokens, request_configs: [(0, 0, t) for t in tokens]),
         store=Store(),
     )
-    monkeypatch.setattr(kv_connector, "_remote_backend", lambda e: SimpleNamespace(connection=e.store))
-    yield PutTracker(engine, Heard(), 0, 1)
+    monkeypatch.setattr(patches, "remote_backend", lambda e: SimpleNamespace(connection=e.store))
+    yield PutTracker(engine, Heard(), 0, 1, wait_timeout_s=0.5)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
@@ -487,9 +516,9 @@ def choose(monkeypatch):
     """choose(asked, compiled, **config): who copies."""
 
     def one(asked="", compiled=False, **config):
-        monkeypatch.setenv(kv_connector.COPY_VARIABLE, asked)
-        monkeypatch.setattr(kv_connector, "_lmcache_is_compiled", lambda: compiled)
-        return kv_connector._choose_copy(vllm_config(**config))
+        monkeypatch.setenv("DISAGG_KV_COPY", asked)
+        monkeypatch.setattr(support, "lmcache_is_compiled", lambda: compiled)
+        return support.choose_copy(vllm_config(**config), from_environment().copy)
 
     return one
 
@@ -517,7 +546,7 @@ def test_lmcaches_copy_where_it_can_do_more(choose):
 
 def test_prompts_without_token_ids_are_refused():
     config = vllm_config()
-    kv_connector._refuse_prompt_embeds(config)
+    support.refuse_prompt_embeds(config)
     config.model_config.enable_prompt_embeds = True
     config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
     with pytest.raises(ValueError, match="--enable-prompt-embeds is not supported"):
@@ -525,7 +554,7 @@ def test_prompts_without_token_ids_are_refused():
 
 
 def test_a_choice_that_cannot_be_is_refused(choose):
-    with pytest.raises(ValueError, match="DISAGG_KV_COPY='fast': allowed: auto, own, stock"):
+    with pytest.raises(ValueError, match="DISAGG_KV_COPY 'fast': allowed: auto, own, stock"):
         choose("fast")
     for device in ("cpu", "cuda"):
         with pytest.raises(ValueError, match=f"DISAGG_KV_COPY=stock: LMCache cannot copy the KV cache on {device}"):
@@ -545,7 +574,7 @@ def test_copies_wait_for_vllms_stream(monkeypatch):
         batched_to_gpu=None,
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "vllm's")
-    kv_connector._order_streams(copies)
+    patches.order_streams(copies)
     copies.batched_from_gpu(1, x=2)
     assert done == [("waits for", "vllm's"), ("copies", (1,), {"x": 2})]
 

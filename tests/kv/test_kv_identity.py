@@ -25,6 +25,9 @@ from vllm.lora.request import LoRARequest
 from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1
 from disagg_prefill_lmcache_v1.kv.fingerprint import WHOLE, model_fingerprint
 from disagg_prefill_lmcache_v1.kv.identity import IdentifiedTokens, Identities, model_key
+from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler
+from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
+from disagg_prefill_lmcache_v1.kv.scheduler import DisaggScheduler
 
 CHUNK = 64
 TOKENS = list(range(150))
@@ -278,10 +281,11 @@ def test_a_request_that_ends_before_its_first_token_harms_nobody(params):
     impl = object.__new__(LMCacheConnectorV1Impl)
     vars(impl).update(
         config=SimpleNamespace(get_extra_config_value=lambda name, default: default), async_loading=False,
-        _manager=SimpleNamespace(lookup_client=None, lmcache_engine=None), _request_trackers={},
+        _manager=SimpleNamespace(lookup_client=None, lmcache_engine=None), _request_trackers={}, load_specs={},
     )  # fmt: skip
     connector = object.__new__(LMCacheDisaggConnectorV1)
-    connector._lmcache_engine, connector._identities = impl, Identities()
+    connector._lmcache_engine = impl
+    connector._scheduler = DisaggScheduler(impl, "kv_producer", LoadScheduler(LoadPolicy("always")), None)
     request = request_of(params)
     request._output_token_ids = []
     assert connector.request_finished(request, []) == (False, None)

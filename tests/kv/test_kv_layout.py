@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from disagg_prefill_lmcache_v1.kv import host_copy as kv_host_copy
-from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, UnsupportedKVLayout
+from disagg_prefill_lmcache_v1.kv.mover import KVMover
 
 ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed: its cache update is what is tested")
 

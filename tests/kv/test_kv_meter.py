@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
 
 from disagg_prefill_lmcache_v1.kv import meter as kv_meter
+from disagg_prefill_lmcache_v1.kv.load_scheduler import StepMetadata
 from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter, make_clock
-from disagg_prefill_lmcache_v1.kv.policy import StepNote
 
 
 class Clock:
@@ -46,7 +46,7 @@ def step(meter, clock, number=1, compute_tokens=300, compute_s=2.0, loads=(), af
             clock.now += seconds
             meter.load_end(begin, request_id, tokens)
 
-    meter.step_begin(StepNote(number, compute_tokens))
+    meter.step_begin(StepMetadata(number, compute_tokens))
     if not after:
         load()
     clock.now += compute_s
@@ -114,7 +114,7 @@ def test_clocks_of_devices(monkeypatch):
     assert card.seconds(begin, end) == 1.5
     assert make_clock("hpu") is None, "without events nothing can be told, and nothing is"
     meter = Meter("hpu")
-    meter.step_begin(StepNote(1, 300))
+    meter.step_begin(StepMetadata(1, 300))
     meter.load_end(meter.load_begin(), "a", 300)
     meter.step_end()
     assert meter.take() is None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from disagg_prefill_lmcache_v1.kv import load_scheduler
 from disagg_prefill_lmcache_v1.kv import policy as kv_policy
-from disagg_prefill_lmcache_v1.kv.policy import LoadBook, LoadPolicy, size_class
+from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler
+from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy, size_class
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
 
 
 class World:
@@ -36,14 +39,14 @@ def test_always_and_never_do_as_they_say():
         LoadPolicy("sometimes")
 
 
-def test_the_mode_comes_from_the_environment_and_its_default_from_the_profile(monkeypatch):
-    monkeypatch.delenv(kv_policy.VARIABLE, raising=False)
-    assert kv_policy.mode_from_environment() == "auto"
-    monkeypatch.setenv(kv_policy.VARIABLE, "never")
-    assert kv_policy.mode_from_environment() == "never"
-    monkeypatch.setenv(kv_policy.VARIABLE, "maybe")
-    with pytest.raises(ValueError, match="DISAGG_KV_LOAD='maybe': allowed: auto, always, never"):
-        kv_policy.mode_from_environment()
+def test_the_mode_comes_from_the_environment_and_is_auto_by_default(monkeypatch):
+    monkeypatch.delenv("DISAGG_KV_LOAD", raising=False)
+    assert from_environment().load == "auto"
+    monkeypatch.setenv("DISAGG_KV_LOAD", "never")
+    assert from_environment().load == "never"
+    monkeypatch.setenv("DISAGG_KV_LOAD", "maybe")
+    with pytest.raises(ValueError, match="DISAGG_KV_LOAD 'maybe': allowed: auto, always, never"):
+        from_environment()
 
 
 def test_what_is_not_known_is_loaded():
@@ -175,7 +178,7 @@ class Choosing(LoadPolicy):
 
 
 def test_a_request_is_decided_once_and_counted_when_it_is_scheduled():
-    book = LoadBook(Choosing(False, True))
+    book = LoadScheduler(Choosing(False, True))
     assert [book.choose("a", 299), book.choose("a", 299)] == [False, False]
     assert book.choose("b", 50)
     assert book.take() == {}
@@ -192,7 +195,7 @@ def test_a_request_is_decided_once_and_counted_when_it_is_scheduled():
 
 
 def test_a_load_that_vllm_does_not_want_is_not_counted():
-    book = LoadBook(Choosing(True))
+    book = LoadScheduler(Choosing(True))
     book.choose("a", 299)
     book.scheduled("a", 0)
     assert book.take() == {}
@@ -200,7 +203,7 @@ def test_a_load_that_vllm_does_not_want_is_not_counted():
 
 
 def test_lookups_of_requests_that_compute_are_released_once():
-    book = LoadBook(Choosing(False, True))
+    book = LoadScheduler(Choosing(False, True))
     book.choose("a", 299)
     book.choose("b", 299)
     assert book.step([], {}).released == []
@@ -211,7 +214,7 @@ def test_lookups_of_requests_that_compute_are_released_once():
 
 
 def test_a_step_is_shared_by_the_prompts_that_it_computes():
-    book = LoadBook(Choosing())
+    book = LoadScheduler(Choosing())
     note = book.step([("a", 300, 0), ("b", 100, 0), ("loaded", 300, 299)], {"a": 300, "b": 100, "loaded": 1, "old": 1})
     assert note.compute_tokens == 401
     book.observe({"step_times": {note.number: [0.401, 1]}})
@@ -221,7 +224,7 @@ def test_a_step_is_shared_by_the_prompts_that_it_computes():
 
 
 def test_a_prompt_in_several_steps_is_of_its_whole_size():
-    book = LoadBook(Choosing())
+    book = LoadScheduler(Choosing())
     notes = [book.step([("a", 3000, 256)], {"a": 2048}), book.step([], {"a": 696}), book.step([], {"a": 1})]
     assert [note.compute_tokens for note in notes] == [2048, 696, 0]
     assert len({note.number for note in notes}) == 3
@@ -231,7 +234,7 @@ def test_a_prompt_in_several_steps_is_of_its_whole_size():
 
 
 def test_a_preempted_prompt_begins_again():
-    book = LoadBook(Choosing())
+    book = LoadScheduler(Choosing())
     book.step([("a", 3000, 0)], {"a": 2048})
     note = book.step([("a", 3000, 0)], {"a": 2048})
     book.observe({"step_times": {note.number: [1.0, 1]}})
@@ -241,13 +244,13 @@ def test_a_preempted_prompt_begins_again():
 
 
 def test_small_steps_are_not_measured():
-    book = LoadBook(Choosing())
+    book = LoadScheduler(Choosing())
     assert book.step([("a", 63, 0)], {"a": 63}).compute_tokens == 0
     assert book.step([("b", 64, 0)], {"b": 64}).compute_tokens == 64
 
 
 def test_the_slowest_rank_counts_when_all_have_spoken():
-    book = LoadBook(Choosing(), ranks=2)
+    book = LoadScheduler(Choosing(), ranks=2)
     note = book.step([("a", 300, 0)], {"a": 300})
     book.observe({"step_times": {note.number: [0.3, 1]}, "load_times": {"1:b": [0.2, 1, 300], "1:c": [0.5, 2, 100]}})
     assert (book.policy.computed, book.policy.loaded) == ([], [(100, 0.5)])
@@ -257,9 +260,9 @@ def test_the_slowest_rank_counts_when_all_have_spoken():
 
 
 def test_measurements_that_never_come_fill_no_memory():
-    book = LoadBook(Choosing(), ranks=2)
-    for number in range(3 * kv_policy.MOST_PENDING):
+    book = LoadScheduler(Choosing(), ranks=2)
+    for number in range(3 * load_scheduler.MOST_PENDING):
         note = book.step([(f"r{number}", 300, 0)], {f"r{number}": 300})
         book.observe({"step_times": {note.number: [0.3, 1]}})
-    assert max(len(book._steps), len(book._pending)) <= kv_policy.MOST_PENDING
+    assert max(len(book._steps), len(book._pending)) <= load_scheduler.MOST_PENDING
     assert book._prompts == {}

@@ -581,7 +581,7 @@ def test_readers_and_writers_of_several_processes_under_eviction(client, server,
 
 
 def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
-    kv_connector = pytest.importorskip("disagg_prefill_lmcache_v1.kv.connector", exc_type=ImportError)
+    patches = pytest.importorskip("disagg_prefill_lmcache_v1.kv.patches", exc_type=ImportError)
     monkeypatch.setenv(kv_shm.URL_VARIABLE, server.url)
     config = LMCacheEngineConfig.from_file(str(PACKAGE / "configs/lmcache-config-shm.yaml"))
     config.chunk_size, config.max_local_cpu_size = CHUNK, 0.01
@@ -591,7 +591,7 @@ def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
         assert len(backends) == 1
         assert isinstance(backends[0].connection.getWrappedConnector(), kv_shm.ShmStoreConnector)
         connection = backends[0].connection
-        kv_connector.LMCacheDisaggConnectorV1._replace_store_client(backends[0])
+        patches.use_own_client(backends[0])
         assert backends[0].connection is connection, "a check of its health may be on its way"
     keys = some_keys(3)
     objs = [managers[0].allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD) for _ in keys]

@@ -19,7 +19,10 @@ from kv_stores import CHUNK, HEAD_SIZE, HEADS, LAYERS, Server, Staging
 from lmcache.utils import CacheEngineKey
 
 from disagg_prefill_lmcache_v1.kv import transfer as kv_transfer
-from disagg_prefill_lmcache_v1.kv.layout import BlockLayout, KVMover
+from disagg_prefill_lmcache_v1.kv.device_copy import HostCopy
+from disagg_prefill_lmcache_v1.kv.layout import BlockLayout
+from disagg_prefill_lmcache_v1.kv.mover import KVMover
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
 from disagg_prefill_lmcache_v1.kv.stores import base, registry
 
 BLOCK = 8
@@ -112,7 +115,7 @@ class Side:
         self.client = client or registry.connect(url, loop, self.staging)
         self.engine = Engine()
         self.on_the_way, self.ended = [], []
-        copy = kv_transfer.HostCopy(self.mover)
+        copy = HostCopy(self.mover)
         self.transfer = kv_transfer.KVTransfer(
             self.engine, self.mover, copy, self.client, self.on_the_way.extend, self.ended.append
         )
@@ -202,7 +205,7 @@ def test_a_request_larger_than_the_staging_memory(server, loop):
         for side in (one, other):
             side.mover = make_mover(2 * n // BLOCK)
             side.transfer = kv_transfer.KVTransfer(
-                side.engine, side.mover, kv_transfer.HostCopy(side.mover), side.client,
+                side.engine, side.mover, HostCopy(side.mover), side.client,
                 side.on_the_way.extend, side.ended.append,
             )  # fmt: skip
         tokens, here, there = prompt(n), some_slots(one.mover, n), some_slots(other.mover, n)
@@ -233,7 +236,7 @@ def test_memory_is_given_back_when_the_device_has_read_it(sides):
     one, other = sides
     tokens, here, there = prompt(), some_slots(one.mover), some_slots(other.mover)
     one.store(tokens, here)
-    other.transfer._copy = copy = Later(kv_transfer.HostCopy(other.mover))
+    other.transfer._load_copy = copy = Later(HostCopy(other.mover))
     in_use = other.client.stats if hasattr(other.client, "stats") else lambda: {"pinned": other.kept(now=True)}
     assert bool(other.load(tokens, there).all())  # does not wait for the device
     assert in_use()["pinned"] == 4
@@ -285,8 +288,8 @@ def test_a_store_that_dies_while_loading(kind, loop):
         n = 12 * CHUNK
         for side in (one, other):
             side.mover = make_mover(2 * n // BLOCK)
-        one.transfer._mover, one.transfer._copy = one.mover, kv_transfer.HostCopy(one.mover)
-        other.transfer._mover, other.transfer._copy = other.mover, Dying(kv_transfer.HostCopy(other.mover), server)
+        one.transfer._mover, one.transfer._copy = one.mover, HostCopy(one.mover)
+        other.transfer._mover, other.transfer._load_copy = other.mover, Dying(HostCopy(other.mover), server)
         tokens, here, there = prompt(n), some_slots(one.mover, n), some_slots(other.mover, n)
         one.store(tokens, here)
         loaded = other.load(tokens, there)
@@ -344,16 +347,16 @@ def test_an_unhealthy_engine_stores_and_loads_nothing():
     engine.healthy = False
     store = SimpleNamespace(links=1, memory=lambda: [])
     mover = make_mover()
-    transfer = kv_transfer.KVTransfer(engine, mover, kv_transfer.HostCopy(mover), store, None, None)
+    transfer = kv_transfer.KVTransfer(engine, mover, HostCopy(mover), store, None, None)
     transfer.store(prompt(), None, slot_mapping=some_slots(mover))
     assert not bool(transfer.retrieve(prompt(), None, slot_mapping=some_slots(mover)).any())
 
 
 @pytest.mark.parametrize("text", ["0", "two", "-1", "1000"])
 def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, text):
-    monkeypatch.setenv(kv_transfer.THREADS_VARIABLE, text)
-    with pytest.raises(ValueError, match=f"DISAGG_KV_COPY_THREADS='{text}': allowed: a whole number from 1 to 256"):
-        kv_transfer.HostCopy(make_mover())
+    monkeypatch.setenv("DISAGG_KV_COPY_THREADS", text)
+    with pytest.raises(ValueError, match=f"DISAGG_KV_COPY_THREADS '{text}': allowed: a whole number from 1 to 256"):
+        from_environment()
 
 
 def test_a_device_copies_in_the_thread_that_computes():
@@ -361,9 +364,10 @@ def test_a_device_copies_in_the_thread_that_computes():
     mover, threads = make_mover(), []
     mover.device = torch.device("meta")
     mover.gather = lambda chunk, slots: threads.append(threading.current_thread())
-    copy = kv_transfer.HostCopy(mover)
-    copy.gather(torch.empty(1), torch.zeros(1), 0, 1).synchronize()
-    copy.finish()
+    copy = HostCopy(mover)
+    job = copy.begin(torch.zeros(1))
+    copy.gather(torch.empty(1), job, 0, 1).synchronize()
+    copy.finish(job)
     assert threads == [threading.current_thread()]
 
 

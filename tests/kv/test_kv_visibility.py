@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from disagg_prefill_lmcache_v1.kv import visibility as kv_visibility
+from disagg_prefill_lmcache_v1.kv.settings import from_environment
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer, HoldUntilVisible
 
 
@@ -74,7 +75,7 @@ async def held(call, engine):
 @pytest.fixture
 def name(monkeypatch):
     value = f"@disagg-test-{uuid.uuid4().hex}"
-    monkeypatch.setenv(kv_visibility.SOCKET_VARIABLE, value)
+    monkeypatch.setenv("DISAGG_KV_VISIBILITY", value)
     return value
 
 
@@ -116,7 +117,7 @@ def test_every_rank_and_every_prompt_counts(name):
 
 
 def test_deadline(name, monkeypatch):
-    monkeypatch.setenv(kv_visibility.TIMEOUT_VARIABLE, "0.05")
+    monkeypatch.setenv("DISAGG_KV_WAIT_TIMEOUT", "0.05")
 
     async def scenario():
         call = Call(HoldUntilVisible(FakeEngine(name)))
@@ -331,7 +332,7 @@ def test_foreign_datagrams_are_ignored(name):
 
 
 def test_without_the_variable_nothing_happens(monkeypatch):
-    monkeypatch.delenv(kv_visibility.SOCKET_VARIABLE, raising=False)
+    monkeypatch.delenv("DISAGG_KV_VISIBILITY", raising=False)
     assert not Announcer()
     Announcer().begin("cmpl-x")
 
@@ -348,6 +349,6 @@ def test_without_the_variable_nothing_happens(monkeypatch):
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "1e9"])
 def test_bad_deadline_is_refused(monkeypatch, text):
-    monkeypatch.setenv(kv_visibility.TIMEOUT_VARIABLE, text)
-    with pytest.raises(ValueError, match=r"DISAGG_KV_WAIT_TIMEOUT=.*seconds above 0"):
-        kv_visibility.wait_timeout_s()
+    monkeypatch.setenv("DISAGG_KV_WAIT_TIMEOUT", text)
+    with pytest.raises(ValueError, match=r"DISAGG_KV_WAIT_TIMEOUT .*: allowed: a number above 0, at most 3600"):
+        from_environment()
