@@ -68,11 +68,12 @@ def tcp_answers(port: int, timeout_s: float = 2.0) -> bool:
     return False
 
 
-def http_answers(port: int, path: str, timeout_s: float = 2.0) -> bool:
-    """Whether a GET of this path is answered with 200, in one quick try."""
+def http_answers(port: int, path: str, timeout_s: float = 2.0, key: str = "") -> bool:
+    """Whether a GET of this path, with an API ``key``, is answered with 200, in one quick try."""
+    fields = f"Host: localhost\r\nAuthorization: Bearer {key}\r\n" if key else "Host: localhost\r\n"
     deadline = time.monotonic() + timeout_s
     with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout_s) as connection:
-        connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode("ascii"))
+        connection.sendall(f"GET {path} HTTP/1.0\r\n{fields}\r\n".encode())
         answer = b""
         while b"\n" not in answer and len(answer) < 1024 and time.monotonic() < deadline:
             received = connection.recv(1024)

@@ -120,7 +120,11 @@ class Machine:
 
     def answers(self, port: int, path: str) -> bool:
         """Whether a server answers (with 200 to a GET of ``path``, or at all where that is empty)."""
-        return ports.http_answers(port, path) if path else ports.tcp_answers(port)
+        if not path:
+            return ports.tcp_answers(port)
+        # Only the proxy has this path, behind its key if there is one.
+        key = os.environ.get("DISAGG_PROXY_API_KEY", "") if path == "/ready" else ""
+        return ports.http_answers(port, path, key=key)
 
     def is_ours(self, port: int, pid: int) -> bool:
         """Whether the port's server is this child or another process of the stack."""

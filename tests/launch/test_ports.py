@@ -17,6 +17,7 @@ from launch_harness import free_ports
 from disagg_prefill_lmcache_v1.launch import ports
 from disagg_prefill_lmcache_v1.launch.messages import Failure
 from disagg_prefill_lmcache_v1.launch.ports import http_answers, is_listening, port_is_ours, settle_kv_port, tcp_answers
+from disagg_prefill_lmcache_v1.launch.processes import Machine
 
 
 @pytest.fixture
@@ -90,6 +91,25 @@ def test_an_answer_is_a_200(reply: bytes | None, good: bool) -> None:
         thread.join()
     assert not http_answers(port, "/health", 0.3)
     assert not tcp_answers(port, 0.3)
+
+
+@pytest.mark.parametrize(("path", "sent"), [("/ready", True), ("/health", False)])
+def test_the_key_of_the_proxy_goes_to_the_proxy_alone(path: str, sent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISAGG_PROXY_API_KEY", "sesame")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asked = []
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(1024))
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert Machine().answers(server.getsockname()[1], path)
+        thread.join()
+    assert (b"\r\nAuthorization: Bearer sesame\r\n" in asked[0]) is sent
 
 
 def settle(port: int, *, given: bool = False, others: tuple[int, ...] = ()) -> int:
