@@ -102,6 +102,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.lead or f'{self.prog}: error'}: {message} (see --help)\n")
 
 
+class Typed(str):
+    """A value with the flag that it was given by, which may be an alias."""
+
+    flag = ""
+
+
+class _Store(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        value = Typed(values)
+        value.flag = option_string or ""
+        setattr(namespace, self.dest, value)
+
+
 def parser_of(cls: type, *, prefix: str, prog: str | None = None, description: str = "", epilog: str = "") -> Parser:
     """A parser with one flag for each field; what is not given is None in its result. All values are texts."""
     parser = Parser(
@@ -122,6 +135,7 @@ def parser_of(cls: type, *, prefix: str, prog: str | None = None, description: s
             more |= {"action": "append", "metavar": "VALUE"}
         else:
             words = {"whole": "N", "number": "X", "path": "PATH"}
+            more["action"] = _Store
             more["metavar"] = "|".join(meta["choices"]) or words.get(meta["kind"], "VALUE")
         parser.add_argument(flag_of(field.name), *meta["aliases"], **more)
     return parser
@@ -159,7 +173,7 @@ def resolve(
             continue
         variable = env_of(field, prefix)
         places = (
-            (given.get(field.name), flag_of(field.name)),
+            (given.get(field.name), getattr(given.get(field.name), "flag", flag_of(field.name))),
             (environ.get(variable) if variable else None, variable),
             ((fallback or {}).get(field.name.upper()), f"{fallback_name}{field.name.upper()}"),
         )

@@ -19,7 +19,7 @@ class Example:
     name: str = setting("", "a name", pattern=r"[a-z]+", allowed="lower case letters")
     port: int = setting(8000, "a port", low=1, high=65535)
     rate: float = setting(1.0, "a rate", above=0)
-    colour: str = setting("red", "a colour", choices=("red", "blue"))
+    colour: str = setting("red", "a colour", choices=("red", "blue"), aliases=("--color",))
     urls: tuple[str, ...] = setting((), "several")
     loud: bool = setting(False, "a switch")
     log: bool = setting(True, "a switch that is on")
@@ -68,7 +68,7 @@ def test_kinds() -> None:
         (["--port", "70000"], {}, "--port '70000': allowed: a whole number from 1 to 65535"),
         (["--port", "1.5"], {}, "--port '1.5': allowed: a whole number from 1 to 65535"),
         ([], {"TEST_PORT": "x"}, "TEST_PORT 'x': allowed: a whole number from 1 to 65535"),
-        (["--rate", "0"], {}, "--rate 0.0: allowed: a number above 0"),
+        (["--rate", "0"], {}, "--rate 0: allowed: a number above 0"),
         (["--rate", "nan"], {}, "--rate 'nan': allowed: a number above 0"),
         (["--colour", "green"], {}, "--colour 'green': allowed: red, blue"),
         (["--name", "A1"], {}, "--name 'A1': allowed: lower case letters"),

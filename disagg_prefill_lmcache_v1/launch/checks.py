@@ -58,9 +58,8 @@ def check_machine(plan: Plan[Settings], roles: Sequence[str]) -> None:
     if interpreter.kind == "bundle" and not interpreter.exists:
         problems.add(space_problem(interpreter.venv, int(plan.profile.get("SETUP_GIB")), "set-up"))
     problems.add(token_problem(plan))
-    if plan.settings.device == "hpu":
-        for line in hpu_problems(plan):
-            problems.add(line)
+    for line in hpu_problems(plan):
+        problems.add(line)
     chunk_warning(plan)
     problems.report()
 
@@ -140,6 +139,8 @@ def token_problem(plan: Plan[Any]) -> str:
 
 def hpu_problems(plan: Plan[Any]) -> list[str]:
     """What makes Gaudi's contiguous paged attention move KV blocks behind LMCache's back: wrong KV, no error."""
+    if plan.settings.device != "hpu":
+        return []
     words = vllm_words(plan)
     cause = "Gaudi's plugin then moves KV blocks, and LMCache would store and load wrong ones"
     problems = []

@@ -21,7 +21,7 @@ from disagg_prefill_lmcache_v1.launch.processes import Machine
 TICK_S = 0.1
 WORKERS_S = 3.0  # for what frees shared memory after those that had it were killed
 KILLED_S = 10.0
-START_FAILED_S = 10.0  # for a child to end by itself after it has told that it cannot start
+START_FAILED_S = 15.0  # for a child to end by itself after it has told that it cannot start
 LOOK_EVERY_S = 1.0  # into a log
 
 
@@ -142,7 +142,7 @@ class Supervisor:
             if status is None:
                 continue
             self._children.remove(child)
-            if not self.machine.members({child.pid}):
+            if not any(row.group == child.pid for row in self.machine.members({child.pid})):
                 self._groups.discard(child.pid)  # the number may be given again
             if child is not may_end:
                 raise Failure(self._describe(child.name, status), child.log)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from disagg_prefill_lmcache_v1.launch import kv_sharing
+from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY
 
 ROOT = Path(__file__).resolve().parents[2]
 MOCKS = ROOT / "tests" / "helpers" / "mock_kv_sharing"
@@ -284,6 +285,7 @@ def test_the_two_roles_differ_by_data(model: Path) -> None:
         config = json.loads(words[words.index("--kv-transfer-config") + 1])
         assert config["kv_role"] == kv_role
         assert "LMCache" in config["kv_connector"]
+        assert config["kv_load_failure_policy"] == "recompute"
         assert role in config["kv_connector_extra_config"]["lmcache_rpc_port"]
         assert words[-2:] == ["--seed", "3"]
         assert variables["LMCACHE_CONFIG_FILE"].endswith("configs/lmcache-config-lm.yaml")
@@ -320,7 +322,7 @@ def test_shared_memory() -> None:
     commands = dry_run("--device", "cpu", "--remote_server", "shm", "--kv-port", "7777")
     server = commands["kv_server"]["words"]
     assert server[-5:] == ["disagg_prefill_lmcache_v1.kv.stores.shm_server", "127.0.0.1", "7777", "--size", "2gb"]
-    assert commands["kv_server"]["environment"]["PYTHONPATH"].split(":")[0] == str(kv_sharing.REPOSITORY)
+    assert commands["kv_server"]["environment"]["PYTHONPATH"].split(":")[0] == str(REPOSITORY)
     for role in ("store", "retrieve"):
         environment = commands[role]["environment"]
         assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:7777"
@@ -351,12 +353,9 @@ def test_redis_and_passwords() -> None:
     commands = dry_run("--device", "cpu", "--backend", "redis", DISAGG_REMOTE_URL=url)
     assert "kv_server" not in commands
     assert "s3cret" not in json.dumps(commands)
-    command = kv_sharing.instance_command(
-        kv_sharing.parse_settings(
-            ["--device", "cpu", "--backend", "redis", "--redis-url", url], program="test", tensor_parallel_size=1
-        ),
-        "store", url, 3, "python", {},
-    )  # fmt: skip
+    words = ["--device", "cpu", "--backend", "redis", "--redis-url", url]
+    configuration = kv_sharing.configure(kv_sharing.settings_class(1), words, {}, "test")
+    command = kv_sharing.instance_command(kv_sharing.make_plan(configuration, {}, Path("/logs")), "store", 3)
     assert command.environment["LMCACHE_REMOTE_URL"] == url
     assert "s3cret" not in " ".join(command.words)
 

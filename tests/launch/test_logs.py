@@ -19,6 +19,9 @@ NO_ROOM = "ValueError: To serve at least one request with the model's max seq le
         ("bad_flag", "api_server.py: error: unrecognized arguments: --no-such-flag", False),
         ("bad_len", "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig", False),
         ("connector_raises", IMPORT_ERROR, True),
+        ("tp2_raises", IMPORT_ERROR, True),
+        ("scheduler_raises", IMPORT_ERROR, True),
+        ("hanging", IMPORT_ERROR, True),  # these two went on for ever: a thread of the engine was left
         ("kv_small", NO_ROOM, True),
     ],
 )

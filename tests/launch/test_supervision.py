@@ -39,6 +39,7 @@ class FakeProcess:
 @dataclass(frozen=True)
 class FakeRow:
     pid: int
+    group: int = 0
     is_tracker: bool = False
 
 
@@ -55,7 +56,8 @@ class FakeMachine:
     foreign_ports: Collection[int] = ()
     trackers: Collection[int] = ()
     children: dict[str, FakeProcess] = field(default_factory=dict)
-    others: set[int] = field(default_factory=set)
+    others: set[int] = field(default_factory=set)  # found by their mark
+    orphans: dict[int, int] = field(default_factory=dict)  # by their group: pid -> group
     answering: set[int] = field(default_factory=set)
     sent: list[tuple[int, str, Any]] = field(default_factory=list)
     notice: Callable[[int], None] | None = None
@@ -96,8 +98,9 @@ class FakeMachine:
         return process
 
     def members(self, groups: Collection[int]) -> list[FakeRow]:
-        mine = [process.pid for process in self.children.values() if process.status is None]
-        return [FakeRow(pid, pid in self.trackers) for pid in [*mine, *sorted(self.others)]]
+        mine = {process.pid: process.pid for process in self.children.values() if process.status is None}
+        groups_of = {**mine, **self.orphans, **dict.fromkeys(sorted(self.others), 0)}
+        return [FakeRow(pid, group, pid in self.trackers) for pid, group in groups_of.items()]
 
     def signal(self, pid: int, number: int) -> None:
         name = next((name for name, process in self.children.items() if process.pid == pid), None)
@@ -106,6 +109,7 @@ class FakeMachine:
             if name:
                 self.children[name].status = -number
             self.others.discard(pid)
+            self.orphans.pop(pid, None)
             if number == signal.SIGKILL:
                 self.others -= set(self.trackers)  # they end once the others are dead
 
@@ -192,7 +196,7 @@ def test_a_server_that_cannot_start_and_does_not_end_is_noticed_long_before_the_
     with pytest.raises(Failure, match="cannot start and does not end: ImportError: libucp") as caught:
         run_stack(machine, problem=lambda: "ImportError: libucp" if machine.clock > 12 else "")
     assert caught.value.log is not None
-    assert 20 < machine.clock < 26
+    assert 27 < machine.clock < 30
 
 
 def test_a_server_that_tells_why_and_ends_is_reported_by_its_end() -> None:
@@ -256,6 +260,45 @@ def test_a_step_that_fails_is_named_with_its_log() -> None:
     ):
         supervisor.run_step("installing torch", ["pip"], {}, Path("setup.log"))
     assert caught.value.log == Path("setup.log")
+
+
+def test_the_number_of_a_group_that_is_gone_is_not_used_again() -> None:
+    """The groups that are ended at last: not that of a child without descendants, which may be another's by then."""
+    machine = FakeMachine([(3, "exit", ("load", 0)), (4, "exit", ("parent", 0))])
+    asked: list[set[int]] = []
+    with Supervisor(grace_s=1, machine=machine) as supervisor:  # type: ignore[arg-type]
+        load, parent, server = (supervisor.start(name, [name], {}, None) for name in ("load", "parent", "server"))
+        machine.orphans[7] = parent.pid
+        assert (supervisor.await_end(load), supervisor.await_end(parent)) == (0, 0)
+        members = machine.members
+        machine.members = lambda groups: asked.append(set(groups)) or members(groups)  # type: ignore
+    assert asked[0] == {parent.pid, server.pid}
+
+
+def test_what_the_process_table_did_not_show_at_first_is_ended_too() -> None:
+    """While a parent dies and its child starts, one look at the table may show neither."""
+    machine = FakeMachine()
+    looks = iter([[], [FakeRow(7)], [], []])
+    machine.members = lambda groups: next(looks)  # type: ignore
+    with Supervisor(grace_s=1, machine=machine):  # type: ignore[arg-type]
+        pass
+    assert machine.sent == [(0, "SIGTERM", 7)]
+
+
+def test_a_signal_in_the_last_moment_counts() -> None:
+    machine = FakeMachine()
+    with pytest.raises(Interrupted), Supervisor(grace_s=1, machine=machine):  # type: ignore[arg-type]
+        machine._signal(signal.SIGTERM)
+
+
+def test_a_child_that_was_released_may_end_and_is_ended_with_the_stack() -> None:
+    machine = FakeMachine([(3, "exit", ("first", 9))])
+    with Supervisor(grace_s=1, machine=machine) as supervisor:  # type: ignore[arg-type]
+        for name in ("first", "second"):
+            supervisor.release(supervisor.start(name, [name], {}, None))
+        while machine.clock < 5:
+            supervisor.tick()
+    assert machine.sent == [(5, "SIGTERM", "second")]
 
 
 # --- the real one
