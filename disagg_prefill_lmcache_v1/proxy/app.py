@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator
@@ -16,8 +15,9 @@ from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.client_connection import ClientLimits
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
+from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool, file_stamp, read_members
+from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upkeep import Upkeep
@@ -50,11 +50,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        found: dict[str, dict[str, bool]] = {}
-        for pool in app.state.pools:
-            members = pool.upstreams
-            results = await asyncio.gather(*(pool.check(member) for member in members))
-            found[pool.role] = {member.name: up for member, up in zip(members, results, strict=True)}
+        found = {pool.role: await pool.health() for pool in app.state.pools}
         good = all(any(servers.values()) for servers in found.values())
         return JSONResponse({"ready": good, "servers": found}, 200 if good else 503)
 

@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, too_long
-from disagg_prefill_lmcache_v1.proxy.upstream import Header
+from disagg_prefill_lmcache_v1.proxy.headers import Header
 
 _LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client sees the answer and not a reset
 _KEEP_ALIVE_S = 75.0  # how long a connection may wait for its next request

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
-from disagg_prefill_lmcache_v1.proxy.upstream import Header
+from disagg_prefill_lmcache_v1.proxy.headers import Header
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 _JOINED_BYTES = 65536  # a longer body is not copied to stand behind its head

@@ -8,18 +8,20 @@ from disagg_prefill_lmcache_v1.proxy.answers import pass_on
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.header_fields import answer_lines
+from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.pool import DECODE, Pool, Upstream
+from disagg_prefill_lmcache_v1.proxy.pool import DECODE, Pool
 from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
-from disagg_prefill_lmcache_v1.proxy.upstream import Response, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
 from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter
 
 _STATUS = {"timeout": 504, "protocol": 502}
 # What a client is told; the log tells which server it was and what the system said.
 _WORDS = {
     "refused": "it cannot be reached",
+    "unreachable": "it cannot be reached",
     "timeout": "it did not answer in time",
     "lost": "the connection was lost",
     "protocol": "its answer is not valid HTTP",
@@ -30,7 +32,7 @@ class DecodeStage:
     """Sends requests to the servers of one pool and their answers to the clients."""
 
     def __init__(self, settings: Settings, pool: Pool, metrics: Metrics) -> None:
-        self._settings = settings
+        self._limits = Limits(begin_s=settings.decode_timeout_s, silence_s=settings.stream_idle_timeout_s)
         self._pool = pool
         self._metrics = metrics
         self._usage = UsageMeter(metrics)
@@ -44,6 +46,7 @@ class DecodeStage:
         values = self._metrics.values
         tried: list[Upstream] = []
         failure: UpstreamError | None = None
+        attempts = 1 if request.route == "other" else 2
         begin = time.perf_counter()
         while True:
             upstream = pool.choose(None, tried)
@@ -54,8 +57,7 @@ class DecodeStage:
             values[self.in_flight] += 1.0
             try:
                 response = await self._ask(upstream, request, body)
-                if upstream.failures:
-                    pool.succeeded(upstream)
+                upstream.note_answer()
                 request.decode_s = time.perf_counter() - begin
                 if self._may_be_known_elsewhere(request, response, upstream, tried):
                     continue
@@ -66,11 +68,13 @@ class DecodeStage:
                 return
             except UpstreamError as error:
                 # Nothing has been sent to the client yet.
-                failure = error
-                pool.failed(upstream, str(error))
-                tried.append(upstream)
-                if error.kind in ("timeout", "protocol"):
+                upstream.note_error(error)
+                attempts -= 1
+                if error.taken or not attempts or error.kind == "exhausted":
                     raise _failed(error) from None
+                failure = error
+                if error.kind != "lost":  # else an idle connection had been closed: the server is asked once more
+                    tried.append(upstream)
                 self._metrics.add("disagg_retries", DECODE)
             finally:
                 upstream.in_flight -= 1
@@ -84,7 +88,7 @@ class DecodeStage:
         )  # fmt: skip
         return await upstream.client.request(
             head + body if len(body) < 65536 else (head, body), no_body=method == "HEAD",
-            head_timeout=self._settings.decode_timeout_s, idle_timeout=self._settings.stream_idle_timeout_s,
+            limits=self._limits,
         )  # fmt: skip
 
     def _may_be_known_elsewhere(
@@ -133,7 +137,7 @@ class DecodeStage:
             return
         if error.kind == "client_stalled":
             raise ProxyError(504, str(error), "proxy", error.kind)
-        self._pool.failed(upstream, str(error))
+        upstream.note_error(error)
         raise ProxyError(
             504 if error.kind == "timeout" else 503, f"the decode server failed: {_WORDS[error.kind]}", "decode",
             error.kind, str(error),
@@ -143,5 +147,7 @@ class DecodeStage:
 def _failed(error: UpstreamError | None) -> ProxyError:
     if error is None:
         return ProxyError(503, "there is no decode server", "decode", "refused")
+    if error.kind == "exhausted":
+        return ProxyError(503, "the proxy has no connection left", "proxy", error.kind, str(error))
     message = f"the decode server failed: {_WORDS[error.kind]}"
     return ProxyError(_STATUS.get(error.kind, 503), message, "decode", error.kind, str(error))

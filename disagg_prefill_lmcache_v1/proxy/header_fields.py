@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from disagg_prefill_lmcache_v1.proxy.headers import Header
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
-from disagg_prefill_lmcache_v1.proxy.upstream import Header
 
 # Hop-by-hop headers, and those that are made anew for each hop.
 _HOP_BY_HOP = frozenset(

@@ -1,21 +1,28 @@
 """Metrics of the proxy: plain numbers in shared memory, shown by the Prometheus client library.
 
-Each worker process has one slot, a memory-mapped file that only it writes, so that counting takes no lock and no system
+Each worker process has one slot, a piece of memory that only it writes, so that counting takes no lock and no system
 call. Whoever is asked for /metrics adds up the slots of all workers. A slot outlives its worker: when a worker crashes,
 the one that takes its place counts on, and no total ever falls.
+
+A slot has a header, two tables of series names and the values. The header tells which table holds and how long it is.
+Names are left out by writing the other table and then the header, so that a reader sees one or the other.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
+import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+log = logging.getLogger("disagg_proxy")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -31,6 +38,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "disagg_full_reuse_requests": ("counter", "Answers with all prompt tokens but at most one reused", ()),
     "disagg_streamed_bytes": ("counter", "Bytes of event streams sent to clients", ()),
     "disagg_log_lines_dropped": ("counter", "Access log lines dropped because the log was not read", ()),
+    "disagg_metric_updates_dropped": ("counter", "Metric updates left out because there are too many series", ()),
     "disagg_prefill_seconds": ("histogram", "Prefill request, KV wait included", ()),
     "disagg_kv_wait_seconds": ("histogram", "Time the prefill answer was held for the KV cache", ()),
     "disagg_ttft_seconds": ("histogram", "Time to the first byte of a streamed answer, prefill included", ()),
@@ -46,28 +54,48 @@ _HISTOGRAM_SIZE = len(_SECONDS) + 2  # one count per bucket, one above all, the 
 
 _NAMES = 1 << 18
 _VALUES = 16384
+_SPARE = _VALUES - _HISTOGRAM_SIZE  # values from here on take what there is no room for
 _HEADER = 8
-_SLOT_BYTES = _HEADER + _NAMES + 8 * _VALUES
+_SLOT_BYTES = _HEADER + 2 * _NAMES + 8 * _VALUES
+
+Key = tuple[str, ...]
+"""Name of the family and the values of its labels."""
+
+
+def new_slots(count: int) -> list[int]:
+    """Descriptors of memory for so many workers; it is gone with the last process that holds it."""
+    return [_anonymous_file() for _ in range(count)]
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("disagg-proxy-metrics")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, _SLOT_BYTES)
+    return descriptor
 
 
 class Metrics:
     """Counters of one worker. ``values`` may be written directly at an index given by index()."""
 
-    def __init__(self, directory: str = "", slot: int = 0) -> None:
-        self._directory = directory
-        self._path = os.path.join(directory, f"worker-{slot}.metrics") if directory else ""
-        self._memory = _map(self._path)
-        self._view = memoryview(self._memory)
-        self.values = self._view[_HEADER + _NAMES :].cast("d")
-        self._index: dict[tuple[str, ...], int] = {}
+    def __init__(self, descriptors: Sequence[int] = (), slot: int = 0) -> None:
+        """``descriptors`` are the slots of all workers (see new_slots()), ``slot`` is the number of this one's."""
+        memories = [mmap.mmap(d, _SLOT_BYTES) for d in descriptors] or [mmap.mmap(-1, _SLOT_BYTES)]
+        self._slots = [memoryview(memory) for memory in memories]
+        self._view = self._slots[slot]
+        self.values = self._view[_HEADER + 2 * _NAMES :].cast("d")
+        self._index: dict[Key, int] = {}
+        self._free: list[int] = []
         self._used = 0
-        self._names_end = 0
-        for key, index in _read_names(self._view):
+        crashed = _snapshot(self._view)[0]
+        for key, index in crashed:
             self._index[key] = index
-            self._used = index + _width(key[0])
-            if FAMILIES[key[0]][0] in ("gauge", "max"):
-                self.values[index] = 0.0  # whatever the crashed worker had in progress is gone
-        self._names_end = int.from_bytes(self._view[:_HEADER], "little")
+            self._used = max(self._used, index + _width(key[0]))
+        # Whatever a crashed worker had in progress is gone.
+        self.remove([key for key, _ in crashed if FAMILIES[key[0]][0] in ("gauge", "max")])
+        self._dropped = self.index("disagg_metric_updates_dropped")
 
     def index(self, name: str, *labels: str) -> int:
         """Position of a series in ``values``; made on first use."""
@@ -75,19 +103,44 @@ class Metrics:
         found = self._index.get(key)
         return self._add(key) if found is None else found
 
-    def _add(self, key: tuple[str, ...]) -> int:
+    def _add(self, key: Key) -> int:
         width = _width(key[0])
-        line = json.dumps([*key, self._used]).encode() + b"\n"
-        if self._used + width > _VALUES or self._names_end + len(line) > _NAMES:
-            raise RuntimeError("too many metric series")
-        index = self._used
-        start = _HEADER + self._names_end
+        reused = width == 1 and bool(self._free)
+        index = self._free[-1] if reused else self._used
+        line = _line(key, index)
+        generation, end = _header(self._view)
+        if index + width > _SPARE or end + len(line) > _NAMES:
+            if not self.values[self._dropped]:
+                log.error("too many metric series: %s and all further ones are not counted", " ".join(key))
+            self.values[self._dropped] += 1.0
+            return _SPARE
+        if reused:
+            self._free.pop()
+        else:
+            self._used += width
+        start = _HEADER + generation % 2 * _NAMES + end
         self._view[start : start + len(line)] = line
-        self._names_end += len(line)
-        self._view[:_HEADER] = self._names_end.to_bytes(_HEADER, "little")
-        self._used += width
+        self._set_header(generation, end + len(line))
         self._index[key] = index
         return index
+
+    def remove(self, keys: Collection[Key]) -> None:
+        """Forget gauges, those of servers that are gone, and use their room again."""
+        known = [key for key in keys if key in self._index]
+        if not known:
+            return
+        for key in known:
+            index = self._index.pop(key)
+            self.values[index] = 0.0
+            self._free.append(index)
+        names = b"".join(_line(key, index) for key, index in self._index.items())
+        generation = _header(self._view)[0] + 1
+        start = _HEADER + generation % 2 * _NAMES
+        self._view[start : start + len(names)] = names
+        self._set_header(generation, len(names))
+
+    def _set_header(self, generation: int, end: int) -> None:
+        self._view[:_HEADER] = (generation << 32 | end).to_bytes(_HEADER, "little")
 
     def add(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Increase a counter or gauge."""
@@ -109,22 +162,11 @@ class Metrics:
         registry.register(_Collector(self._merged()))
         return generate_latest(registry)
 
-    def total(self, name: str, *labels: str) -> float:
-        """Sum of a counter over all workers and all series whose labels begin with ``labels``."""
-        return sum(v[0] for key, v in self._merged().items() if key[0] == name and key[1 : 1 + len(labels)] == labels)
-
-    def _merged(self) -> dict[tuple[str, ...], list[float]]:
-        views = [self._view]
-        if self._directory:
-            for entry in sorted(os.listdir(self._directory)):
-                path = os.path.join(self._directory, entry)
-                if entry.endswith(".metrics") and path != self._path and os.path.getsize(path) == _SLOT_BYTES:
-                    with open(path, "rb") as file:
-                        views.append(memoryview(file.read()))
-        merged: dict[tuple[str, ...], list[float]] = {}
-        for view in views:
-            values = view[_HEADER + _NAMES :].cast("d")
-            for key, index in _read_names(view):
+    def _merged(self) -> dict[Key, list[float]]:
+        merged: dict[Key, list[float]] = {}
+        for view in self._slots:
+            names, values = _snapshot(view)
+            for key, index in names:
                 found = list(values[index : index + _width(key[0])])
                 before = merged.get(key)
                 if before is None:
@@ -136,30 +178,39 @@ class Metrics:
         return merged
 
 
-def _map(path: str) -> mmap.mmap:
-    if not path:
-        return mmap.mmap(-1, _SLOT_BYTES)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(descriptor, _SLOT_BYTES)
-        return mmap.mmap(descriptor, _SLOT_BYTES)
-    finally:
-        os.close(descriptor)
-
-
 def _width(name: str) -> int:
     return _HISTOGRAM_SIZE if FAMILIES[name][0] == "histogram" else 1
 
 
-def _read_names(view: memoryview) -> Iterator[tuple[tuple[str, ...], int]]:
-    end = int.from_bytes(view[:_HEADER], "little")
-    for line in bytes(view[_HEADER : _HEADER + end]).splitlines():
+def _line(key: Key, index: int) -> bytes:
+    return json.dumps([*key, index]).encode() + b"\n"
+
+
+def _header(view: memoryview | bytes) -> tuple[int, int]:
+    """How often names were left out, which tells the table that holds, and the table's length in bytes."""
+    header = int.from_bytes(view[:_HEADER], "little")
+    return header >> 32, header & 0xFFFFFFFF
+
+
+def _read_names(slot: bytes) -> Iterator[tuple[Key, int]]:
+    """Series and their positions from a copy of a slot."""
+    generation, end = _header(slot)
+    start = _HEADER + generation % 2 * _NAMES
+    for line in slot[start : start + end].splitlines():
         *key, index = json.loads(line)
         yield tuple(key), index
 
 
+def _snapshot(view: memoryview) -> tuple[list[tuple[Key, int]], memoryview]:
+    """Names and values of a slot at one moment: once more if names were left out meanwhile."""
+    while True:
+        copy = bytes(view)
+        if _header(copy)[0] == _header(view)[0]:
+            return list(_read_names(copy)), memoryview(copy)[_HEADER + 2 * _NAMES :].cast("d")
+
+
 class _Collector:
-    def __init__(self, merged: dict[tuple[str, ...], list[float]]) -> None:
+    def __init__(self, merged: dict[Key, list[float]]) -> None:
         self._merged = merged
 
     def collect(self) -> Iterator[Metric]:

@@ -10,11 +10,12 @@ from typing import Any
 
 from disagg_prefill_lmcache_v1.proxy import bodies
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
+from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.pool import Pool, Upstream
+from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
-from disagg_prefill_lmcache_v1.proxy.upstream import Response, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
 
 log = logging.getLogger("disagg_proxy")
 
@@ -26,11 +27,11 @@ class PrefillStage:
 
     def __init__(self, settings: Settings, pool: Pool, metrics: Metrics) -> None:
         self._settings = settings
+        self._limits = Limits(whole_s=settings.prefill_timeout_s)
         self._pool = pool
         self._metrics = metrics
         self._time = asyncio.get_running_loop().time
         self._down = False
-        self._kv_degraded: set[str] = set()
         self._seconds = metrics.index("disagg_prefill_seconds")
         self._kv_wait = metrics.index("disagg_kv_wait_seconds")
         self.in_flight = metrics.index("disagg_in_flight", "prefill")
@@ -50,7 +51,8 @@ class PrefillStage:
         prefix = _prefix_of(fields) if len(pool.upstreams) > 1 else None
         tried: list[Upstream] = []
         reason = "no prefill server"
-        while True:
+        attempts = 2
+        while attempts:
             upstream = pool.choose(prefix, tried)
             if upstream is None:
                 break
@@ -63,10 +65,12 @@ class PrefillStage:
             except UpstreamError as error:
                 reason = f"{upstream.name}: {error}"
                 request.prefill_outcome = error.kind
-                pool.failed(upstream, str(error))
-                tried.append(upstream)
-                if error.kind == "timeout":
+                upstream.note_error(error)
+                if error.taken or error.kind == "exhausted":
                     break
+                attempts -= 1
+                if error.kind != "lost":  # else an idle connection had been closed: the server is asked once more
+                    tried.append(upstream)
                 continue
             status = response.status
             if status < 300:
@@ -77,8 +81,7 @@ class PrefillStage:
                 return None if bodies.refusal_may_be_wrong(fields) else response
             request.prefill_outcome = "server_error"
             reason = f"{upstream.name} answers {status}"
-            pool.failed(upstream, reason)
-            tried.append(upstream)
+            break
         self._give_up(request, reason)
         return None
 
@@ -88,14 +91,13 @@ class PrefillStage:
         head = b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
             request.target, upstream.host_line, request.headers, size,
         )  # fmt: skip
-        timeout = self._settings.prefill_timeout_s
         values = self._metrics.values
         begin = time.perf_counter()
         upstream.in_flight += 1
         values[self.in_flight] += 1.0
         try:
             response = await upstream.client.request(
-                head + body[0] if len(body) == 1 else (head, *body), head_timeout=timeout, idle_timeout=timeout
+                head + body[0] if len(body) == 1 else (head, *body), limits=self._limits
             )
         finally:
             upstream.in_flight -= 1
@@ -108,8 +110,7 @@ class PrefillStage:
 
     def _note_success(self, request: RequestContext, response: Response, upstream: Upstream) -> None:
         request.prefill_outcome = "ok"
-        if upstream.failures:
-            self._pool.succeeded(upstream)
+        upstream.note_answer()
         self._note_kv(request, response, upstream)
         if self._down:
             self._down = False
@@ -149,17 +150,16 @@ class PrefillStage:
             request.kv_wait_ms = wait
             self._metrics.observe(self._kv_wait, wait / 1000)
         degraded = state in ("timeout", "failed")
-        if state != "none" and degraded != (upstream.name in self._kv_degraded):
+        if state != "none" and degraded != upstream.kv_degraded:
             self._note_degraded(upstream, degraded, state + reason)
 
     def _note_degraded(self, upstream: Upstream, degraded: bool, reason: str) -> None:
+        upstream.kv_degraded = degraded
         if degraded:
-            self._kv_degraded.add(upstream.name)
             log.warning("KV caches of %s do not reach the store, decoders compute again: %s", upstream.name, reason)
         else:
-            self._kv_degraded.discard(upstream.name)
             log.info("KV caches of %s reach the store again", upstream.name)
-        self._metrics.set("disagg_kv_degraded", to=float(bool(self._kv_degraded)))
+        self._metrics.set("disagg_kv_degraded", to=float(any(u.kv_degraded for u in self._pool.upstreams)))
 
 
 def _prefix_of(fields: dict[str, Any]) -> bytes | None:

@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from disagg_prefill_lmcache_v1.proxy.pool import Pool, file_stamp, read_members
+from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
+from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.settings import Settings, SettingsError
 
 log = logging.getLogger("disagg_proxy")
@@ -63,14 +64,21 @@ class Upkeep:
             now = time()
             # A stopped or starved proxy must not blame the servers for its own pause.
             passed, last = min(now - last, 2 * seconds), now
-            self._prefill.sweep(passed)
-            self._decode.sweep(passed)
-            if s.upstreams_file:
-                self._read_upstreams_again()
-            self._free_memory_at_rest()
+            for work in (
+                lambda: self._prefill.sweep(passed),  # noqa: B023 (it is called at once)
+                lambda: self._decode.sweep(passed),  # noqa: B023
+                self._read_upstreams_again,
+                self._free_memory_at_rest,
+            ):
+                try:
+                    work()
+                except Exception:
+                    log.exception("background work failed; it goes on")
 
     def _read_upstreams_again(self) -> None:
         path = self._settings.upstreams_file
+        if not path:
+            return
         stamp = file_stamp(path)
         if stamp in (self._stamp, (0, 0)):
             return

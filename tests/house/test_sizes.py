@@ -14,7 +14,6 @@ STILL_TOO_LONG = {
     "benchmarks/proxy_overhead.py",
     "disagg_prefill_lmcache_v1/launch/kv_sharing.py",
     "disagg_prefill_lmcache_v1/proxy/client_connection.py",
-    "disagg_prefill_lmcache_v1/proxy/upstream.py",
 }
 
 

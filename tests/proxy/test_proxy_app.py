@@ -75,7 +75,7 @@ def assert_openai_error(response: httpx.Response, status: int, stage: str) -> No
 def test_prefill_gets_the_shaped_body_and_decode_the_bytes(plain: Stack) -> None:
     body = b'{ "prompt":"h\\u00e9llo" ,"max_tokens" : 7, "n":2 }'
     response = post(plain, COMPLETIONS, body, request_id="shape-1", authorization="Bearer abc")
-    assert response.status_code == 200
+    assert response.status_code == 200, response.text
     assert plain.bodies(plain.decode, "shape-1") == [body]
     assert [json.loads(b) for b in plain.bodies(plain.prefill, "shape-1")] == [
         {"prompt": "héllo", "max_tokens": 1, "n": 1, "stream": False}
@@ -218,7 +218,7 @@ def test_decode_5xx_comes_through_unchanged(plain: Stack) -> None:
 
 def test_prefill_5xx_is_decoded_without_it(plain: Stack) -> None:
     response = post(plain, COMPLETIONS, {"prompt": "x"}, "prefill.status=500")
-    assert response.status_code == 200
+    assert response.status_code == 200, response.text
     assert response.headers["x-kv-state"] == "none"
     assert metric(plain, 'disagg_prefill_skipped_total{reason="server_error"}') >= 1
 
@@ -479,7 +479,7 @@ def test_degraded_store_is_told_once() -> None:
     with stack() as made:
         for state in ("stored", "timeout", "failed", "timeout", "stored", "stored"):
             response = post(made, COMPLETIONS, {"prompt": "x"}, f"prefill.kv={state}")
-            assert response.status_code == 200
+            assert response.status_code == 200, response.text
             assert response.headers["x-kv-state"] == state
             assert metric(made, "disagg_kv_degraded") == float(state != "stored")
         assert metric(made, 'disagg_kv_state_total{state="timeout"}') == 2

@@ -10,10 +10,13 @@ import proxy_harness  # noqa: F401 (makes the package importable)
 import pytest
 
 from disagg_prefill_lmcache_v1.proxy import pool as proxy_pool
+from disagg_prefill_lmcache_v1.proxy.health import BACK_OFF_S, CIRCUIT_FAILURES, Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.pool import PREFILL, Pool, Upstream
+from disagg_prefill_lmcache_v1.proxy.pool import PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
+from disagg_prefill_lmcache_v1.proxy.upstream import UpstreamError
 
+REFUSED = UpstreamError("refused", "connection refused", taken=False)
 URLS = [f"http://127.0.0.1:{port}" for port in (1001, 1002, 1003)]
 
 
@@ -59,29 +62,47 @@ def test_prompts_with_a_common_beginning_share_a_server_until_it_is_much_busier(
     with_pool(use)
 
 
-def test_a_failing_server_is_left_alone_for_longer_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_server_is_left_alone_for_longer_and_longer() -> None:
     def use(pool: Pool) -> None:
         now = 1000.0
-        monkeypatch.setattr(pool, "_loop", type("Clock", (), {"time": lambda self: now})())
         bad, *others = loaded(pool, 0, 5, 5)
-        for _ in range(proxy_pool._CIRCUIT_FAILURES - 1):
-            pool.failed(bad, "it answers 500")
+        for upstream in (pool, *pool.upstreams):
+            upstream._time = lambda: now
+        for _ in range(CIRCUIT_FAILURES - 1):
+            bad._failed("/health answers 500", False)
             assert pool.choose() is bad
         waits = []
-        for _ in range(len(proxy_pool._BACK_OFF_S)):
-            pool.failed(bad, "it answers 500")
+        for _ in range(len(BACK_OFF_S)):
+            bad._failed("/health answers 500", False)
             assert not bad.up
             assert pool.choose() in others
             waits.append(bad.open_until - now)
         assert waits == sorted(waits)
-        assert waits[-1] == proxy_pool._BACK_OFF_S[-1]
-        pool.succeeded(bad)
-        assert pool.choose() is bad
-        pool.failed(bad, "connection refused")  # no doubt here: once is enough
+        assert waits[-1] == BACK_OFF_S[-1]
+        bad.note_answer()  # to a request: its health checks fail all the same
         assert pool.choose() in others
-        for server in others:
-            pool.failed(server, "connection refused")
+        bad._passed("it is healthy")
+        assert pool.choose() is bad
+        bad.note_error(REFUSED)  # no doubt here: once is enough
+        assert pool.choose() in others
+        bad.note_answer()
+        assert pool.choose() is bad
+        for server in pool.upstreams:
+            server.note_error(REFUSED)
         assert pool.choose() is not None  # rather a server that may be down than none
+
+    with_pool(use)
+
+
+@pytest.mark.parametrize("kind", ["lost", "timeout", "protocol", "exhausted", "client_stalled"])
+def test_what_happens_to_a_request_is_not_the_servers_health(kind: str) -> None:
+    def use(pool: Pool) -> None:
+        server, *_ = loaded(pool, 0, 5, 5)
+        for _ in range(10 * CIRCUIT_FAILURES):
+            server.note_error(UpstreamError(kind, "connection refused by nobody"))
+        assert server.up
+        assert pool.choose() is server
+        assert server.suspect == (kind in ("lost", "timeout", "protocol"))  # it is checked soon
 
     with_pool(use)
 

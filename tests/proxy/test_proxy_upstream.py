@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import h11
 import proxy_harness
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_prefill_lmcache_v1.proxy.settings import parse_url
-from disagg_prefill_lmcache_v1.proxy.upstream import Client, Connection, Response, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream import Client, Connection, Limits, Response, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream import resolver as upstream_resolver
 
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -83,9 +89,9 @@ class Collector:
         self.error = error
 
 
-def client_of(**options: Any) -> Client:
+def client_of(port: int = 1, **options: Any) -> Client:
     values = {"connect_timeout_s": 1.0, "idle_connection_s": 60.0, "max_head_bytes": 4096, **options}
-    return Client(parse_url("http://127.0.0.1:1", "test"), **values)
+    return Client(parse_url(f"http://127.0.0.1:{port}", "test"), **values)
 
 
 def exchange(
@@ -100,12 +106,10 @@ def exchange(
 
     async def run() -> tuple[Response | UpstreamError, Connection]:
         client = client_of()
-        connection = Connection(client)
+        connection = Connection(client, 4096)
         transport = FakeTransport()
         connection.connection_made(transport)
-        waiter = connection.exchange(
-            REQUEST, no_body=no_body, buffer_limit=buffer_limit, head_timeout=0, idle_timeout=0
-        )
+        waiter = connection.exchange(REQUEST, no_body=no_body, buffer_limit=buffer_limit, limits=Limits(), begun=0.0)
         attached = False
         for data in reads:
             if data and not transport.closed:
@@ -214,15 +218,15 @@ def test_reuse_only_of_a_clean_connection(answer: bytes, kept: bool) -> None:
     assert isinstance(response, Response)
     assert connection.is_idle() is kept
     assert connection.transport.closed is not kept
-    assert connection.client.idle_connections == int(kept)
+    assert connection._owner.idle_connections == int(kept)
 
 
 def test_garbage_on_an_idle_connection_closes_it() -> None:
     async def run() -> None:
         client = client_of()
-        connection = Connection(client)
+        connection = Connection(client, 4096)
         connection.connection_made(FakeTransport())
-        connection.exchange(REQUEST, no_body=False, buffer_limit=100, head_timeout=0, idle_timeout=0)
+        connection.exchange(REQUEST, no_body=False, buffer_limit=100, limits=Limits(), begun=0.0)
         connection.data_received(OK + b"content-length: 0\r\n\r\n")
         assert client.idle_connections == 1
         connection.data_received(b"HTTP/1.1 200 surprise\r\n\r\n")
@@ -263,9 +267,11 @@ def test_long_answers_are_streamed() -> None:
 def test_pause_and_silence() -> None:
     async def run() -> None:
         client = client_of()
-        connection = Connection(client)
+        connection = Connection(client, 4096)
         connection.connection_made(FakeTransport())
-        waiter = connection.exchange(REQUEST, no_body=False, buffer_limit=9, head_timeout=5, idle_timeout=2)
+        waiter = connection.exchange(
+            REQUEST, no_body=False, buffer_limit=9, limits=Limits(begin_s=5, silence_s=2), begun=0.0
+        )
         client.sweep(3.0)
         assert not waiter.done()
         connection.data_received(OK + b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -286,15 +292,42 @@ def test_pause_and_silence() -> None:
 def test_no_answer_times_out() -> None:
     async def run() -> None:
         client = client_of()
-        connection = Connection(client)
+        connection = Connection(client, 4096)
         connection.connection_made(FakeTransport())
-        waiter = connection.exchange(REQUEST, no_body=False, buffer_limit=9, head_timeout=5, idle_timeout=0)
+        waiter = connection.exchange(REQUEST, no_body=False, buffer_limit=9, limits=Limits(begin_s=5), begun=0.0)
         client.sweep(5.0)
         with pytest.raises(UpstreamError) as caught:
             await waiter
         assert caught.value.kind == "timeout"
 
     asyncio.run(run())
+
+
+def test_limits_of_an_answer_hold_however_slowly_it_comes() -> None:
+    async def run(limits: Limits, reads: list[bytes]) -> UpstreamError | Response | None:
+        client = client_of()
+        connection = Connection(client, 4096)
+        connection.connection_made(FakeTransport())
+        waiter = connection.exchange(REQUEST, no_body=False, buffer_limit=99, limits=limits, begun=0.0)
+        for data in reads:
+            client.sweep(0.5)  # each read comes in time for a limit of silence
+            if not connection.transport.closed:
+                connection.data_received(data)
+        return (waiter.exception() or waiter.result()) if waiter.done() else waiter.cancel() and None
+
+    head = OK + b"content-length: 5\r\n\r\n"
+    slow_head = [head[i : i + 1] for i in range(len(head))] + [b"hello"]
+    slow_body = [head, *(b"%c" % c for c in b"hello")]
+    for limits, reads, what in (
+        (Limits(begin_s=2), slow_head, "no answer within 2 s"),
+        (Limits(whole_s=2), slow_head, "no whole answer within 2 s"),
+        (Limits(whole_s=2), slow_body, "no whole answer within 2 s"),
+    ):
+        found = asyncio.run(run(limits, reads))
+        assert isinstance(found, UpstreamError), (limits, found)
+        assert (found.kind, str(found)) == ("timeout", what)
+    for limits in (Limits(begin_s=2), Limits(whole_s=4), Limits(silence_s=1)):
+        assert isinstance(asyncio.run(run(limits, slow_body)), Response)
 
 
 # -- on real sockets
@@ -304,8 +337,7 @@ def with_server(handler: Callable[..., Any], use: Callable[[Client], Any], **opt
     async def run() -> Any:
         server = await asyncio.start_server(handler, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        values = {"connect_timeout_s": 1.0, "idle_connection_s": 60.0, "max_head_bytes": 4096, **options}
-        client = Client(parse_url(f"http://127.0.0.1:{port}", "test"), **values)
+        client = client_of(port, **options)
         try:
             return await asyncio.wait_for(use(client), 20)
         finally:
@@ -315,25 +347,56 @@ def with_server(handler: Callable[..., Any], use: Callable[[Client], Any], **opt
     return asyncio.run(run())
 
 
-def test_a_stale_connection_is_replaced_once() -> None:
-    connections = 0
+LINGER_0 = b"\1\0\0\0\0\0\0\0"  # close() then resets the connection
 
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(OK + b"content-length: 1\r\n\r\n%d" % connections)
-        if connections == 1:  # reads the next request, then closes without a word
-            await reader.readuntil(b"\r\n\r\n")
-        writer.close()
 
-    async def use(client: Client) -> None:
-        first = await client.request(REQUEST)
-        second = await client.request(REQUEST)
-        assert (first.body, second.body) == (b"1", b"2")
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("size", [0, 5_000_000])
+@pytest.mark.parametrize(
+    ("server_does", "taken"),
+    [("close", False), ("reset", True), ("read, close", True), ("read, reset", True), ("read some, close", True)],
+)
+def test_a_request_on_a_reused_connection_that_ends_tells_whether_it_was_taken(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], size: int, server_does: str, taken: bool
+) -> None:
+    """Only a connection that was closed before is known to have taken nothing; nothing is sent a second time."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    closed_first = threading.Event()
+    got: list[bytes] = []
 
-    with_server(handler, use)
-    assert connections == 2
+    def serve() -> None:
+        sock, _ = listener.accept()
+        sock.recv(65536)
+        sock.sendall(OK + b"content-length: 0\r\n\r\n")
+        if server_does.startswith("read"):
+            got.append(sock.recv(10 if "some" in server_does else 65536))
+        else:
+            closed_first.wait(10)
+        if server_does.endswith("reset"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        sock.close()
+
+    async def use() -> None:
+        client = client_of(port=listener.getsockname()[1])
+        await client.request(REQUEST)
+        closed_first.set()
+        if not server_does.startswith("read"):
+            thread.join(10)  # on purpose without giving the event loop a chance to see the end
+        with pytest.raises(UpstreamError) as caught:
+            await client.request((REQUEST, b"x" * size))
+        assert (caught.value.kind, caught.value.taken) == ("lost", taken)
+        assert len(got) == int(server_does.startswith("read"))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    loop = new_loop()
+    loop.run_until_complete(asyncio.wait_for(use(), 20))
+    loop.close()
+    thread.join(10)
+    listener.setblocking(False)
+    with pytest.raises(BlockingIOError):  # no second connection was made
+        listener.accept()
+    listener.close()
 
 
 def test_a_new_connection_that_closes_is_an_error() -> None:
@@ -356,8 +419,8 @@ def test_a_connection_that_ends_before_it_is_used_is_an_error(monkeypatch: pytes
     async def use(client: Client) -> None:
         connect = client._connect
 
-        async def connect_and_lose() -> Connection:
-            connection = await connect()
+        async def connect_and_lose(limit_s: float) -> Connection:
+            connection = await connect(limit_s)
             connection.transport.abort()
             await asyncio.sleep(0.01)
             return connection
@@ -432,7 +495,7 @@ def test_a_server_that_takes_no_connection_is_given_up_soon() -> None:
         client.loop.create_connection = lambda *args, **kwargs: asyncio.sleep(60)  # type: ignore[method-assign]
         with pytest.raises(UpstreamError, match=r"no connection within 0\.05 s") as caught:
             await asyncio.wait_for(client.request(REQUEST), 1)
-        assert caught.value.kind == "refused"
+        assert (caught.value.kind, caught.value.taken) == ("unreachable", False)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == tasks
 
@@ -464,17 +527,100 @@ def test_cancelling_closes_the_connection_at_once() -> None:
 
 def test_refused() -> None:
     async def run() -> None:
-        client = Client(
-            parse_url(f"http://127.0.0.1:{proxy_harness.dead_port()}", "test"),
-            connect_timeout_s=1.0,
-            idle_connection_s=1.0,
-            max_head_bytes=4096,
-        )
         with pytest.raises(UpstreamError) as caught:
-            await client.request(REQUEST)
-        assert caught.value.kind == "refused"
+            await client_of(proxy_harness.dead_port()).request(REQUEST)
+        assert (caught.value.kind, caught.value.taken) == ("refused", False)
 
     asyncio.run(run())
+
+
+def test_the_proxys_own_shortage_is_not_the_servers_refusal() -> None:
+    """In a process of its own: with no descriptor left, pytest fails too."""
+    program = """
+import asyncio, os, resource, test_proxy_upstream as t
+async def handler(reader, writer): writer.close()
+async def use(client):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1,) * 2)
+    try:
+        await client.request(t.REQUEST)
+    except t.UpstreamError as error:
+        print(error.kind, error.taken)
+t.with_server(handler, use)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30,
+                            env={"PYTHONPATH": ":".join(sys.path)}, check=False)  # fmt: skip
+    assert result.stdout == "exhausted False\n", result.stderr
+
+
+# -- names of servers
+
+
+def look_up(monkeypatch: pytest.MonkeyPatch, answers: list[list[str] | Exception], use: Callable[..., Any]) -> None:
+    """Run ``use(client, loop)`` for a server whose name resolves to these addresses, look-up after look-up."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+
+        async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+            assert host == "pool.test"
+            found = answers.pop(0) if len(answers) > 1 else answers[0]
+            if isinstance(found, Exception):
+                raise found
+            return [(0, 0, 0, "", (address, port)) for address in found]
+
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo, raising=False)
+        client = Client(parse_url(f"http://pool.test:{port}", "test"), connect_timeout_s=1.0, idle_connection_s=60.0,
+                        max_head_bytes=4096)  # fmt: skip
+        await asyncio.wait_for(use(client, loop), 20)
+        client.close()
+        server.close()
+
+    asyncio.run(run())
+
+
+async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(OK + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+    writer.close()
+
+
+def test_all_addresses_of_a_name_are_tried_and_a_bad_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(client: Client, loop: asyncio.AbstractEventLoop) -> None:
+        tried = []
+        create = loop.create_connection
+
+        async def note(factory: Any, host: str, port: int, **options: Any) -> Any:
+            tried.append(host)
+            return await create(factory, host, port, **options)
+
+        monkeypatch.setattr(loop, "create_connection", note, raising=False)
+        for _ in range(4):
+            assert (await client.request(REQUEST)).status == 200
+        assert tried.count("127.0.0.1") == 4
+        assert tried.count("127.0.0.2") == 1  # nothing listens there
+
+    look_up(monkeypatch, [["127.0.0.1", "127.0.0.2"]], use)
+
+
+def test_a_name_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(client: Client, loop: asyncio.AbstractEventLoop) -> None:
+        monkeypatch.setattr(upstream_resolver, "_KEPT_S", 0.0)
+        with pytest.raises(UpstreamError, match="has no address") as caught:
+            await client.request(REQUEST)
+        assert (caught.value.kind, caught.value.taken) == ("refused", False)
+        with pytest.raises(UpstreamError, match="refused"):
+            await client.request(REQUEST)
+        deadline = loop.time() + 10
+        while True:  # the answer that is known does until the new one has come
+            try:
+                assert (await client.request(REQUEST)).status == 200
+                break
+            except UpstreamError:
+                assert loop.time() < deadline
+
+    look_up(monkeypatch, [socket.gaierror(-2, "unknown"), ["127.0.0.2"], ["127.0.0.1"]], use)
 
 
 # -- fuzzed against h11
@@ -599,16 +745,16 @@ def test_noise_ends_in_an_error(noise: bytes, cuts: list[int]) -> None:
     response, connection = exchange(split(cuts, noise), "eof")
     assert isinstance(response, UpstreamError)
     assert response.kind in ("lost", "protocol")
-    assert not connection.client.active
+    assert not connection._owner.active
 
 
 def test_idle_connections_are_closed_in_time_and_a_few_at_once() -> None:
     async def run() -> None:
         client = client_of(idle_connection_s=0.05)
         for _ in range(100):
-            connection = Connection(client)
+            connection = Connection(client, 4096)
             connection.connection_made(FakeTransport())
-            connection.exchange(REQUEST, no_body=False, buffer_limit=9, head_timeout=0, idle_timeout=0)
+            connection.exchange(REQUEST, no_body=False, buffer_limit=9, limits=Limits(), begun=0.0)
             connection.data_received(OK + b"content-length: 0\r\n\r\n")
         assert client.idle_connections == 100
         client.sweep(1.0)

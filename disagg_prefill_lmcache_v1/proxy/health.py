@@ -1,0 +1,112 @@
+"""One server as the proxy sees it: its connections, its load, and whether it is healthy.
+
+What a server answers to a request depends on the request, and so does whether it answers at all: no client can have a
+server taken for unhealthy. That is decided by connections that cannot be made and by the proxy's own health checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from disagg_prefill_lmcache_v1.proxy.upstream import Client, UpstreamError
+
+log = logging.getLogger("disagg_proxy")
+
+CIRCUIT_FAILURES = 3  # failed checks in a row that close a server to new requests
+BACK_OFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class Upstream:
+    """One server."""
+
+    __slots__ = (
+        "_time",
+        "authority",
+        "checked",
+        "client",
+        "failures",
+        "host_line",
+        "in_flight",
+        "kv_degraded",
+        "name",
+        "open_until",
+        "refusing",
+        "role",
+        "suspect",
+        "up",
+    )
+
+    def __init__(self, role: str, client: Client) -> None:
+        self._time = asyncio.get_running_loop().time
+        self.role = role
+        self.client = client
+        self.name = client.address.url
+        self.authority = client.address.authority
+        self.host_line = b"host: " + self.authority.encode() + b"\r\n"
+        self.in_flight = 0
+        self.kv_degraded = False  # its KV caches do not reach the store
+        self.up = True
+        self.checked: bool | None = None  # result of the last health check
+        self.suspect = False  # a request failed: check soon
+        self.failures = 0
+        self.open_until = 0.0
+        self.refusing = False  # connections are refused, which costs no time: it may be tried all the same
+
+    def note_answer(self) -> None:
+        """A request got an answer: the server takes connections again."""
+        if self.refusing:
+            self._passed("it answers")
+
+    def note_error(self, error: UpstreamError) -> None:
+        """A request failed: no connection counts, all else is a reason to check."""
+        if error.kind in ("refused", "unreachable"):
+            self._failed(str(error), refused=error.kind == "refused")
+        elif error.kind not in ("exhausted", "client_stalled"):
+            self.suspect = True
+
+    async def check(self, timeout_s: float) -> None:
+        """Ask the server for its /health, on a connection of its own, and note the result."""
+        self.suspect = False
+        request = b"GET /health HTTP/1.1\r\n" + self.host_line + b"connection: close\r\n\r\n"
+        reason, refused = "", False
+        try:
+            response = await asyncio.wait_for(self.client.request(request, fresh=True), timeout_s)
+            if not response.complete:
+                response.connection.abort()
+            if response.status != 200:
+                reason = f"/health answers {response.status}"
+        except UpstreamError as error:
+            if error.kind == "exhausted":
+                return  # which says nothing of the server
+            reason, refused = str(error), error.kind == "refused"
+        except (TimeoutError, asyncio.TimeoutError):
+            reason = f"no answer to /health within {timeout_s:g} s"
+        self.checked = not reason
+        if reason:
+            self._failed(reason, refused)
+        else:
+            self._passed("it is healthy")
+
+    def back_off_s(self) -> float:
+        """How long it is left alone after its failures so far, seconds."""
+        return BACK_OFF_S[min(max(self.failures - 1, 0), len(BACK_OFF_S) - 1)]
+
+    def _passed(self, reason: str) -> None:
+        self.failures = 0
+        self.open_until = 0.0
+        self.refusing = False
+        self._set_up(True, reason)
+
+    def _failed(self, reason: str, refused: bool) -> None:
+        self.failures += 1
+        self.refusing = refused
+        if refused or self.failures >= CIRCUIT_FAILURES:
+            self.open_until = self._time() + self.back_off_s()
+            self._set_up(False, reason)
+
+    def _set_up(self, up: bool, reason: str) -> None:
+        if self.up != up:
+            self.up = up
+            level = logging.INFO if up else logging.WARNING
+            log.log(level, "%s server %s is %s: %s", self.role, self.name, "up" if up else "down", reason)
