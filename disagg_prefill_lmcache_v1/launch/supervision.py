@@ -21,7 +21,7 @@ from disagg_prefill_lmcache_v1.launch.processes import Machine
 TICK_S = 0.1
 WORKERS_S = 3.0  # for what frees shared memory after those that had it were killed
 KILLED_S = 10.0
-START_FAILED_S = 15.0  # for a child to end by itself after it has told that it cannot start
+START_FAILED_S = 5.0  # for a child that has told that it cannot start to end by itself
 LOOK_EVERY_S = 1.0  # into a log
 
 
@@ -53,13 +53,13 @@ class Target:
     _found: tuple[float, str] | None = field(default=None, init=False)
 
     def check(self, now: float) -> None:
-        """Raises Failure when the child has told that it cannot start and does not end."""
+        """Raises Failure when the child has told that it cannot start and does not end soon."""
         if self._found is None and self.problem is not None and now - self._looked >= LOOK_EVERY_S:
             self._looked = now
             text = self.problem()
             self._found = (now, text) if text else None
         if self._found is not None and now - self._found[0] >= START_FAILED_S:
-            raise Failure(f"{self.child.name} cannot start and does not end: {self._found[1]}", self.child.log)
+            raise Failure(f"{self.child.name} cannot start: {self._found[1]}", self.child.log)
 
 
 def describe_death(name: str, status: int) -> str:
