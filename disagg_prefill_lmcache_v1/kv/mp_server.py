@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,13 @@ from typing import Any
 import yaml
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "lmcache-config-mp.yaml"
+DEFAULT_SIZE = "2gb"
+SHARED_MEMORY = Path("/dev/shm")
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1 << 10, "m": 1000**2, "mb": 1 << 20, "g": 1000**3, "gb": 1 << 30}
 
 
-def parse_size(text: str) -> float:
-    """``512mb`` in GiB, as LMCache counts; units as Redis has them.
+def parse_size(text: str) -> int:
+    """``512mb`` in bytes; units as Redis has them.
 
     Raises:
         argparse.ArgumentTypeError: no such size.
@@ -32,7 +35,7 @@ def parse_size(text: str) -> float:
     match = re.fullmatch(r"(\d{1,12})([kmg]?b?)", text.strip().lower())
     if not match or not int(match[1]):
         raise argparse.ArgumentTypeError(f"'{text}': allowed: a whole number and a unit, as in 512mb or 2gb")
-    return int(match[1]) * _UNITS[match[2]] / (1 << 30)
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -57,11 +60,16 @@ def server_words(argv: Sequence[str]) -> tuple[str, list[str]]:
     parser = argparse.ArgumentParser(prog="mp_server", allow_abbrev=False)
     parser.add_argument("host")
     parser.add_argument("port", type=int)
-    parser.add_argument("--size", type=parse_size, default=2.0, help="memory for KV, as in 512mb or 2gb")
+    size = parse_size(DEFAULT_SIZE)
+    parser.add_argument("--size", type=parse_size, default=size, help="memory for KV, as in 512mb or 2gb")
     parser.add_argument("--chunk-size", type=int, default=None, help="tokens of a chunk, a multiple of vLLM's block")
     parser.add_argument("--config", type=Path, default=CONFIG, help="settings file")
     parser.add_argument("--l2-adapter", action="append", default=[], metavar="JSON", help="second tier, LMCache's JSON")
     given = parser.parse_args(argv)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if given.size > free:  # LMCache would go on by itself, and send KV through its socket
+        size = argv[argv.index("--size") + 1] if "--size" in argv else DEFAULT_SIZE
+        raise SystemExit(f"mp_server: error: --size {size}: {SHARED_MEMORY} has {free >> 20} MiB free: give less")
     try:
         settings = yaml.safe_load(given.config.read_text()) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -71,7 +79,7 @@ def server_words(argv: Sequence[str]) -> tuple[str, list[str]]:
     if given.l2_adapter:
         settings["l2_adapter"] = [json.loads(text) for text in given.l2_adapter]
     # As large as the size at once: what the server grows by later would not be in the shared memory.
-    settings |= {"host": given.host, "port": given.port, "l1_size_gb": given.size}
+    settings |= {"host": given.host, "port": given.port, "l1_size_gb": given.size / (1 << 30)}
     name = settings.setdefault("shm_name", f"disagg-mp-{given.port}-{os.getpid()}")
     return str(name), flags_of(settings)
 
@@ -85,7 +93,7 @@ def remove_at_end(name: str) -> None:
     os.setsid()  # a signal to the server's group must not reach it
     os.close(writer)
     os.read(reader, 1)
-    for path in Path("/dev/shm").glob(f"*{name}"):  # LMCache puts a word before it
+    for path in SHARED_MEMORY.glob(f"*{name}"):  # LMCache puts a word before it
         path.unlink(missing_ok=True)
     os._exit(0)
 

@@ -96,6 +96,7 @@ def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
     words = ["--tensor-parallel-size", str(plan.settings.tensor_parallel_size)]
     words += ["--max-model-len", str(plan.settings.max_model_len)]
     words += ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":")), *plan.profile.words("VLLM_ARGS")]
+    words += plan.backend.vllm_arguments()
     memory = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION" if plan.cards.shared else "GPU_MEMORY_UTILIZATION")
     return words + (["--gpu-memory-utilization", memory] if memory else [])
 
@@ -142,6 +143,7 @@ def _load(plan: Plan[Settings]) -> list[str]:
         "device": settings.device,
         "backend": settings.backend,
         "tensor-parallel-size": settings.tensor_parallel_size,
+        "reuse-block": plan.backend.reuse_block,
         "min-reuse-ratio": f"{settings.min_reuse_ratio:g}",
         "kv-load": settings.kv_load,
     }

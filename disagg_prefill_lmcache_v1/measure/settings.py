@@ -36,6 +36,7 @@ class Settings:
     backend: str = setting("lm", "KV server of the stack, for the summary")
     tensor_parallel_size: int = setting(1, "tensor parallel size of the servers, for the summary", low=1)
     min_reuse_ratio: float = setting(0.99, "least part of the reusable prompt tokens to be reused", low=0, high=1)
+    reuse_block: int = setting(1, "prompt tokens that the KV server keeps together: only whole ones are reused", low=1)
     kv_load: str = setting(
         "always",
         "what the servers do with KV that the store has (their DISAGG_KV_LOAD)",

@@ -96,6 +96,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json. `errors` counts failed requests of the load and of the probe."""
     answers = load_result.answers
+    for answer in [*answers, *probe_result.answers]:
+        answer.reuse_block = settings.reuse_block
     complete_ones = [answer for answer in answers if answer.error is None]
     reuse = _reuse(answers, load_result.decoder)
     return {

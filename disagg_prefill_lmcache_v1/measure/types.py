@@ -30,13 +30,14 @@ class Answer:
     kv_state: str | None = None  # `x-kv-state` of the proxy
     kv_wait_ms: float | None = None  # `x-kv-wait-ms` of the proxy
     ttft_ms: float | None = None  # request sent to first token; for an answer that is not streamed, to the whole of it
+    reuse_block: int = 1  # prompt tokens that can be reused at a time
     itl_ms: list[float] = field(default_factory=list)  # gaps between the token chunks of a stream
     duration_ms: float = 0.0
 
     @property
     def reusable_tokens(self) -> int:
         """Prompt tokens that can be reused at most: the last one is always computed, to get the next."""
-        return max(self.prompt_tokens - 1, 0)
+        return max(min(self.prompt_tokens // self.reuse_block * self.reuse_block, self.prompt_tokens - 1), 0)
 
     @property
     def cached_reusable_tokens(self) -> int:

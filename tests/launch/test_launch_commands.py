@@ -225,7 +225,56 @@ def test_every_rank_needs_a_port(launch: Launch, flags: list[str], said: str) ->
     assert said in done.stderr
 
 
-@pytest.mark.parametrize("backend", ["shm", "nixl"])
+@pytest.mark.parametrize(("device", "size", "block"), [("cpu", "2gb", 32), ("hpu", "16gb", 128), ("cuda", "16gb", 64)])
+def test_mp_has_one_block_size_for_server_and_engines(launch: Launch, device: str, size: str, block: int) -> None:
+    python = launch.environment["DISAGG_PYTHON"]
+    server = [python, "-m", "disagg_prefill_lmcache_v1.kv.mp_server", "127.0.0.1"]
+    commands = dry_run(launch, "--device", device, "--backend=mp", LMCACHE_CONFIG_FILE="/old.yaml")
+    assert commands["kv-server"][1] == [*server, "8600", "--size", size, "--chunk-size", str(block)]
+    for role, kv_role in (("prefiller", "kv_producer"), ("decoder", "kv_consumer")):
+        environment, command = commands[role]
+        assert "LMCACHE_CONFIG_FILE" not in environment, "it is the in-process LMCache's"
+        assert option(command, "--block-size") == str(block)
+        transfer = json.loads(option(command, "--kv-transfer-config"))
+        assert transfer == {
+            "kv_connector": "LMCacheDisaggMPConnector",
+            "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.mp",
+            "kv_role": kv_role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "lmcache.mp.host": "tcp://127.0.0.1",
+                "lmcache.mp.port": 8600,
+                "lmcache.mp.mq_timeout": 10.0,
+            },
+        }
+    assert option(commands["load"][1], "--reuse-block") == str(block)
+    settings = {"KV_MP_SIZE": "64MB", "KV_MP_BLOCK_SIZE": "16", "KV_MP_TIMEOUT": "4"}
+    adapter = '{"type": "resp", "port": 6379}'
+    commands = dry_run(
+        launch, "--device", device, "--backend=mp", "--kv-port=77", KV_MP_ARGS=f"--l2-adapter '{adapter}'", **settings
+    )
+    more = ["77", "--size", "64MB", "--chunk-size", "16", "--l2-adapter", adapter]
+    assert commands["kv-server"][1] == [*server, *more]
+    transfer = json.loads(option(commands["decoder"][1], "--kv-transfer-config"))["kv_connector_extra_config"]
+    assert (transfer["lmcache.mp.port"], transfer["lmcache.mp.mq_timeout"]) == (77, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("KV_MP_BLOCK_SIZE", "0", "a whole number from 1 to 4096"),
+        ("KV_MP_TIMEOUT", "-1", "a number above 0, at most 3600"),
+        ("KV_MP_TIMEOUT", "soon", "a number above 0, at most 3600"),
+    ],
+)
+def test_what_mp_does_not_take_is_named(launch: Launch, name: str, value: str, allowed: str) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=mp", **{name: value})
+    assert done.returncode == 2
+    assert f"allowed: {allowed}" in done.stderr
+    assert name in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["shm", "nixl", "mp"])
 @pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
 def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str, backend: str) -> None:
     name = f"KV_{backend.upper()}_SIZE"

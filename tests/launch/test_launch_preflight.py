@@ -46,7 +46,7 @@ def refused(launch: Launch, status: int, *command: str, **environment: str) -> s
         (["--serve=1"], "--serve takes no value"),
         (["--device", "tpu"], "--device 'tpu': allowed: auto, hpu, cuda, cpu"),
         (["--kv-load", "sometimes"], "--kv-load 'sometimes': allowed: auto, always, never"),
-        (["--backend", "nfs"], "--backend 'nfs': allowed: lm, redis, shm, nixl"),
+        (["--backend", "nfs"], "--backend 'nfs': allowed: lm, redis, shm, nixl, mp"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size '0': allowed: a whole number from 1"),
         (["--tensor-parallel-size", "two"], "--tensor-parallel-size 'two'"),
         (["--proxy-port", "65536"], "--proxy-port '65536': allowed: a whole number from 1 to 65535"),

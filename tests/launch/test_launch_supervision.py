@@ -307,6 +307,19 @@ def test_shm_backend(launch: Launch, size: str, status: int) -> None:
         assert "LMCACHE_REMOTE_URL" not in environment
 
 
+@pytest.mark.parametrize(("size", "status"), [("64mb", 0), ("900000gb", 1)])
+def test_mp_backend(launch: Launch, size: str, status: int) -> None:
+    """With LMCache's real server: it ends with the stack and leaves no memory, its reason not to start is shown."""
+    pytest.importorskip("lmcache", reason="LMCache is not installed: its server is what is started")
+    done = launch.run(EXAMPLE, *launch.arguments("--backend=mp"), KV_MP_SIZE=size)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "mp_server: error: --size 900000gb: /dev/shm has " in done.stderr
+    else:
+        assert "lmcache.mp.port" in str(launch.record(record_name(launch, "decoder"))["argv"])
+    assert list(Path("/dev/shm").glob(f"*disagg-mp-{launch.ports['kv']}-*")) == []
+
+
 def test_nixl_backend(launch: Launch) -> None:
     """No KV server, its port is the decoder's; a port of a rank that is in use is told before anything starts."""
     done = launch.run(EXAMPLE, *launch.arguments("--backend=nixl"), LMCACHE_REMOTE_URL="lm://other:1")

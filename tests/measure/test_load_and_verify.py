@@ -116,6 +116,16 @@ def test_reuse_below_the_threshold_fails(mocks, cached, ratio, full, passes) -> 
     assert run(mocks, min_reuse_ratio=0)["failures"] == []
 
 
+@pytest.mark.parametrize(
+    ("block", "reused", "ratio", "full"), [(32, 32, 1.0, 5), (25, 49, 1.0, 5), (32, 0, 0.0, 0), (64, 0, None, 5)]
+)
+def test_of_a_server_of_whole_blocks_no_more_is_wanted(mocks, block, reused, ratio, full) -> None:
+    mocks[0].cached = lambda n: reused if n == 50 else n
+    summary = run(mocks, reuse_block=block)
+    assert (summary["reuse_ratio"], summary["full_reuse_requests"]) == (ratio, full)
+    assert (summary["failures"] == []) is (ratio != 0)
+
+
 def mock_choices(mocks: tuple[MockVllm, MockVllm], computes: Callable[[int], bool]) -> dict[str, Any]:
     """The proxy's mock plays the decoder too; what it computes, it does not reuse."""
     mocks[0].computes = computes

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.backends.base import Backend
 from disagg_prefill_lmcache_v1.launch.backends.lm import Lm
+from disagg_prefill_lmcache_v1.launch.backends.mp import Mp
 from disagg_prefill_lmcache_v1.launch.backends.nixl import Nixl
 from disagg_prefill_lmcache_v1.launch.backends.redis import Redis
 from disagg_prefill_lmcache_v1.launch.backends.shm import Shm
 from disagg_prefill_lmcache_v1.settings import resolve
 
-BACKENDS: Mapping[str, type[Backend]] = {each.name: each for each in (Lm, Redis, Shm, Nixl)}
+BACKENDS: Mapping[str, type[Backend]] = {each.name: each for each in (Lm, Redis, Shm, Nixl, Mp)}
 
 # All settings of single backends, which only the environment and the profiles set; the documentation shows them.
 BackendSettings = dataclasses.make_dataclass(

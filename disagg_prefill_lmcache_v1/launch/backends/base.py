@@ -16,8 +16,6 @@ from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
 from disagg_prefill_lmcache_v1.settings import setting
 
 SIZE = {"pattern": r"[0-9]{1,12}([kKmMgG][bB]?|[bB])?", "allowed": "a whole number and a unit, as in 512mb or 2gb"}
-CONNECTOR = "LMCacheDisaggConnectorV1"  # Gaudi's plugin recognises LMCache by this text in the name
-
 
 def memory_size(help: str) -> Any:
     """A setting of the environment alone: bytes with a unit."""
@@ -35,6 +33,8 @@ class Backend:
     name: ClassVar[str]
     default_port: ClassVar[int]
     title: ClassVar[str]  # for the help text
+    # Class of the connector; Gaudi's plugin recognises LMCache by this text in the name.
+    connector: ClassVar[str] = "LMCacheDisaggConnectorV1"
     schemes: ClassVar[tuple[str, ...]] = ()  # of URLs of a store that runs already; (): there can be none
     starts_server: ClassVar[bool] = True
     modules: ClassVar[tuple[str, ...]] = ()  # further Python modules; of those joined by | one is enough
@@ -55,6 +55,11 @@ class Backend:
     @property
     def ports(self) -> int:
         """Ports in a row from ``port`` on that are taken."""
+        return 1
+
+    @property
+    def reuse_block(self) -> int:
+        """Prompt tokens that are kept together: only whole ones are reused."""
         return 1
 
     @property
@@ -85,13 +90,21 @@ class Backend:
     def transfer_config(self, kv_role: str, name: str) -> dict[str, Any]:
         """The value of ``--kv-transfer-config``; ``name`` is unique to the server."""
         return {
-            "kv_connector": CONNECTOR,
+            "kv_connector": self.connector,
             "kv_connector_module_path": self.kv_connector_module,
             "kv_role": kv_role,
             # A chunk that cannot be loaded is computed again; vLLM's default is to fail the request.
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": name},
+            "kv_connector_extra_config": self.extra_config(name),
         }
+
+    def extra_config(self, name: str) -> dict[str, Any]:
+        """What LMCache's connector reads from it."""
+        return {"discard_partial_chunks": False, "lmcache_rpc_port": name}
+
+    def vllm_arguments(self) -> list[str]:
+        """Further arguments of vLLM's engine."""
+        return []
 
 
 def plugin_environment(backend: Backend, role: str, environ: Mapping[str, str]) -> dict[str, str]:
