@@ -12,7 +12,7 @@ from fastapi import Response as FastAPIResponse
 from fastapi.responses import JSONResponse
 
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
-from disagg_prefill_lmcache_v1.proxy.client_connection import ClientLimits
+from disagg_prefill_lmcache_v1.proxy.client_parser import ClientLimits
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
 from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members

@@ -12,7 +12,6 @@ FILE, FUNCTION, CLASS, README, BASH = 450, 60, 250, 200, 250  # lines
 STILL_TOO_LONG = {
     "bash",
     "benchmarks/proxy_overhead.py",
-    "disagg_prefill_lmcache_v1/proxy/client_connection.py",
 }
 
 
