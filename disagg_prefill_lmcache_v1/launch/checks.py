@@ -9,16 +9,19 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.commands import build_command
+from disagg_prefill_lmcache_v1.launch.interpreter import PREFLIGHT
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
 from disagg_prefill_lmcache_v1.launch.ports import is_listening
-from disagg_prefill_lmcache_v1.launch.preflight import WARNING
+from disagg_prefill_lmcache_v1.launch.preflight import PROBLEM, WARNING
 from disagg_prefill_lmcache_v1.launch.settings import Settings
+from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
 
 PROGRAM_VARIABLES = {"prefiller": "VLLM_PROGRAM", "decoder": "VLLM_PROGRAM", "proxy": "PROXY_PROGRAM"}
 
@@ -128,7 +131,7 @@ def token_problem(plan: Plan[Any]) -> str:
     gated = any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.profile.words("GATED_MODELS"))
     if plan.model.is_local or not gated:
         return ""
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
     token = home / "token"
     has_token = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN")
@@ -186,31 +189,37 @@ def lock_run_dir(plan: Plan[Settings]) -> int:
     return descriptor
 
 
-def check_python(plan: Plan[Any]) -> None:
-    """Modules and versions, and a Redis that is not started here. Raises Failure."""
-    interpreter = plan.interpreter
-    if not interpreter.exists:
-        raise Failure(f"the Python {interpreter.path} is missing: check DISAGG_PYTHON")
+def check_python(plan: Plan[Any], supervisor: Supervisor) -> None:
+    """Modules, versions, libraries, and a Redis that is not started here. Raises Failure."""
+    if not plan.interpreter.exists:
+        raise Failure(f"the Python {plan.interpreter.path} is missing: check DISAGG_PYTHON")
     modules = [*plan.profile.words("REQUIRED_MODULES"), *plan.profile.words("DEVICE_MODULES"), *plan.backend.modules]
     imports = [*plan.profile.words("DEVICE_IMPORTS"), *plan.backend.imported]
     words = ["--device", plan.settings.device, "--modules", *modules]
     words += ["--imports", *imports] if imports else []
-    redis_url = plan.backend.url if plan.backend.name == "redis" else ""
-    answer = interpreter.ask(*words, environ={**plan.environ, "DISAGG_REDIS_URL": redis_url})
+    run_preflight(plan, supervisor, words, plan.backend.url if plan.backend.name == "redis" else "")
+
+
+def check_redis_answers(plan: Plan[Any], supervisor: Supervisor) -> None:
+    """PING to the Redis that was started here. Raises Failure."""
+    run_preflight(plan, supervisor, [], plan.backend.store_url)
+
+
+def run_preflight(plan: Plan[Any], supervisor: Supervisor, arguments: Sequence[str], redis_url: str) -> None:
+    """Preflight in the servers' Python. Raises Failure with what it finds."""
     problems = Problems()
-    for line in answer.stdout.splitlines():
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "preflight.log")
+        words = [plan.interpreter.path, PREFLIGHT, *arguments]
+        child = supervisor.start("preflight", words, {**plan.environ, "DISAGG_REDIS_URL": redis_url}, log)
+        status = supervisor.await_end(child, f"looking at the packages of {plan.interpreter.path}")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
         if line.startswith(WARNING):
             info(line)
-        else:
-            problems.add(line)
-    if answer.returncode and not problems.lines:
-        last = answer.stderr.strip().splitlines()[-1:] or [f"exit status {answer.returncode}"]
-        problems.add(f"the Python {interpreter.path} cannot be used: {last[0]}")
+        elif line.startswith(PROBLEM):
+            problems.add(line[len(PROBLEM) :])
+    if status and not problems.lines:
+        last = next(filter(None, map(str.strip, reversed(lines))), f"exit status {status}")
+        problems.add(f"the Python {plan.interpreter.path} cannot be used: {last}")
     problems.report()
-
-
-def check_redis_answers(plan: Plan[Any]) -> None:
-    """PING to the Redis that was started here. Raises Failure."""
-    answer = plan.interpreter.ask(environ={**plan.environ, "DISAGG_REDIS_URL": plan.backend.store_url})
-    if answer.returncode:
-        raise Failure((answer.stdout.strip().splitlines() or ["the KV server cannot be used"])[-1])

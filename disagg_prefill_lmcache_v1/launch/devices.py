@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from disagg_prefill_lmcache_v1.launch.messages import Progress
 from disagg_prefill_lmcache_v1.launch.profiles import DEVICES, Profile, load_profile
 
 TOOL_TIMEOUT_S = 30
+TICK_S = 0.2
 
 
 def list_rows(words: Sequence[str], pattern: str) -> list[str]:
     """The lines of a tool's output that match; none if the tool is missing, fails or hangs."""
     if not words or shutil.which(words[0]) is None:
         return []
-    try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=TOOL_TIMEOUT_S, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if re.search(pattern, line.strip())]
+    listed = ""
+    with contextlib.suppress(OSError), Progress() as progress, subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        while progress.elapsed_s < TOOL_TIMEOUT_S:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                listed = process.communicate(timeout=TICK_S)[0]
+                break
+            progress.show(f"waiting for {words[0]} (at most {TOOL_TIMEOUT_S} s)")
+        else:
+            process.kill()
+    return [line.strip() for line in listed.splitlines() if re.search(pattern, line.strip())]
 
 
 def count_cards(profile: Profile) -> int:

@@ -116,7 +116,7 @@ class Example:
             self.start("kv-server")
             self.await_ready(float(profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
             if plan.backend.name == "redis":
-                check_redis_answers(plan)
+                check_redis_answers(plan, self.supervisor)
         order = tuple(reversed(ROLES)) if plan.backend.decoder_first else ROLES
         for role in order:
             self.start(role)

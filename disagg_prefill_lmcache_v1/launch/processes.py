@@ -132,8 +132,14 @@ class Machine:
 
     @contextlib.contextmanager
     def ending_signals(self, notice: Callable[[int], None]) -> Iterator[None]:
-        """Calls ``notice`` for each signal that asks this process to end, even one that it was started to ignore."""
-        before = {number: signal.signal(number, lambda number, _: notice(number)) for number in ENDING_SIGNALS}
+        """Calls ``notice`` for each signal that asks this process to end.
+
+        The interrupt counts even where it is ignored, as in what a shell script starts in the background; a hang-up or
+        TERM that is ignored stays so (nohup). Python itself ignores the broken pipe.
+        """
+        kept = {number for number in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_IGN}
+        wanted = [number for number in ENDING_SIGNALS if number not in kept]
+        before = {number: signal.signal(number, lambda number, _: notice(number)) for number in wanted}
         try:
             yield
         finally:

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # These come as CUDA builds; with CPU torch their import fails and takes transformers down with it.
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 LOCK_TIMEOUT_S = 1800
-TICK_S = 0.2
 BASE_PYTHON_CHECK = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
 
 
@@ -53,7 +51,7 @@ def set_up_python(supervisor: Supervisor, interpreter: Interpreter, profile: Pro
     if stamp.exists():
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    with set_up_lock():
+    with set_up_lock(supervisor):
         if not stamp.exists():  # another run may just have made it
             info(f"setting up {venv} for '{extra}' (first time: a few minutes; log: {log})")
             install_extra(supervisor, interpreter, profile, extra, log)
@@ -61,19 +59,18 @@ def set_up_python(supervisor: Supervisor, interpreter: Interpreter, profile: Pro
 
 
 @contextlib.contextmanager
-def set_up_lock() -> Iterator[None]:
+def set_up_lock(supervisor: Supervisor) -> Iterator[None]:
     """One set-up of this clone at a time. Raises Failure after 30 minutes."""
-    begin = time.monotonic()
     with PYPROJECT.open("rb") as file, Progress() as progress:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - begin > LOCK_TIMEOUT_S:
+                if progress.elapsed_s > LOCK_TIMEOUT_S:
                     raise Failure(f"another set-up of {REPOSITORY} has been running for 30 minutes") from None
                 progress.show("waiting for another set-up of this clone")
-                time.sleep(TICK_S)
+                supervisor.tick()
         yield
 
 

@@ -14,7 +14,7 @@ import pytest
 import tomllib
 from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports
 
-from disagg_prefill_lmcache_v1.launch import preflight, profiles
+from disagg_prefill_lmcache_v1.launch import devices, preflight, profiles
 from disagg_prefill_lmcache_v1.launch.devices import assign_cards
 
 
@@ -91,6 +91,15 @@ def test_a_used_port_is_named(launch: Launch, role: str) -> None:
         line = refused(launch, 1, EXAMPLE, *launch.arguments())
     assert f"port {launch.ports[role]} is used by another program" in line
     assert f"--{role}-port" in line
+
+
+def test_a_tool_that_hangs_is_told_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tool = tmp_path / "hl-smi"
+    tool.write_text("#!/bin/sh\necho HL-225\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(devices, "TOOL_TIMEOUT_S", 6)
+    assert devices.list_rows([str(tool)], "HL") == []
+    assert "waiting for " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

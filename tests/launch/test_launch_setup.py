@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -124,6 +125,18 @@ def test_an_interrupted_set_up_leaves_nothing_running(clone: Clone) -> None:
     wait_until(lambda: len(clone.steps()) > 1, "pip running")
     process.terminate()
     assert clone.launch.finish(process).returncode == 143
+
+
+def test_a_run_that_waits_for_another_set_up_can_be_ended(clone: Clone) -> None:
+    with (clone.root / "pyproject.toml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = clone.start()
+        assert process.stderr
+        while "waiting for another set-up of this clone" not in process.stderr.readline():
+            assert process.poll() is None
+        process.terminate()
+        assert clone.launch.finish(process).returncode == 143
+    assert clone.steps() == []
 
 
 def test_an_active_environment_is_set_up_in_place(clone: Clone) -> None:

@@ -186,6 +186,20 @@ def test_an_interrupt_is_heard_even_when_started_in_the_background(launch: Launc
     assert launch.finish(process).returncode == 130
 
 
+def test_a_hang_up_is_ignored_under_nohup(launch: Launch) -> None:
+    process = subprocess.Popen(
+        ["bash", "-c", 'trap "" HUP; exec bash "$@"', "-", str(PACKAGE / EXAMPLE), *launch.arguments()],
+        env={**launch.environment, "STANDIN_LOAD_SECONDS": "60"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: launch.has_record("load"), "load running")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)  # the first one that counts decides the exit status
+    assert launch.finish(process).returncode == 143
+
+
 def test_stubborn_processes_are_killed_and_their_shared_memory_is_freed(launch: Launch) -> None:
     process = launch.start(EXAMPLE, *launch.arguments(), STANDIN_STUBBORN="1", STANDIN_LOAD_SECONDS="60")
     wait_until(lambda: launch.has_record("load"), "load running")
