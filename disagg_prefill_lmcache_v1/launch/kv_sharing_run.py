@@ -311,7 +311,7 @@ def prepare(plan: Plan[SharingSettings], supervisor: Supervisor) -> None:
     problems.report()
     checks.chunk_warning(plan)
     set_up_python(supervisor, plan.interpreter, plan.profile, plan.profile.get("SETUP_EXTRA"), log)
-    checks.check_python(plan)
+    checks.check_python(plan, supervisor)
     if backend.runs_server:
         program = kv_server(plan)[0]
         if backend.name == "redis":
