@@ -29,8 +29,8 @@ logger = init_logger(__name__)
 class DisaggWorker:
     """What LMCache's worker side is extended by; called by the worker's thread.
 
-    ``register_kv_caches`` and ``start`` at start; then, a step at a time, ``step_begin``, ``start_load``, ``save``,
-    ``step_end``, and what is left in ``finished`` and ``failed_blocks``.
+    ``register_kv_caches`` and ``start`` at start; then, a step at a time, ``step_begin``, ``start_load``, ``save`` and
+    ``step_end`` (if there is a forward pass), ``take_finished``, ``take_failed_blocks``.
     """
 
     def __init__(self, vllm_config: VllmConfig, settings: KVSettings, announcer: Announcer) -> None:
@@ -48,7 +48,6 @@ class DisaggWorker:
         self._transfer: KVTransfer | None = None
         self._loader: BackgroundLoader | None = None
         self._step: StepMetadata | None = None
-        self.finished: set[str] = set()
         self.failed_blocks: set[int] = set()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -103,6 +102,8 @@ class DisaggWorker:
 
     def step_begin(self, step: StepMetadata | None) -> None:
         self._step = step
+        for request_id in step.released if step is not None else ():
+            self.engine.lookup_unpin(request_id)
         self.meter.step_begin(step)
 
     def start_load(self, requests: list[Any]) -> None:
@@ -224,19 +225,22 @@ class DisaggWorker:
         self.meter.step_end()
 
     def step_end(self, requests: list[Any]) -> None:
-        """All that the step stores is on its way: announce it, release lookups, collect loads that have ended."""
-        for request_id in self._step.released if self._step is not None else ():
-            self.engine.lookup_unpin(request_id)
+        """All that the step stores is on its way: announce it."""
         for request in requests if self._tracker is not None else ():
             # is_last_prefill stays true while decoding; only the step that had something to say about storing counts
             if request.is_last_prefill and request.save_spec is not None:
                 self._tracker.confirm(request.req_id, list(request.token_ids), request.request_configs)
-        for load, failed in self._loader.take() if self._loader is not None else ():
-            self.finished.add(load.request_id)
-            self.failed_blocks |= failed
 
     def take_finished(self) -> set[str]:
-        finished, self.finished = self.finished, set()
+        """Requests whose loads have ended; their failed blocks are then in :meth:`take_failed_blocks`.
+
+        vLLM asks in every step. What happens in ``step_end`` would be late: a step without a forward pass has none,
+        and while the only request waits for its load there is no other.
+        """
+        finished = set()
+        for load, failed in self._loader.take() if self._loader is not None else ():
+            finished.add(load.request_id)
+            self.failed_blocks |= failed
         return finished
 
     def take_failed_blocks(self) -> set[int]:

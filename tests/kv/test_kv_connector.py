@@ -26,7 +26,7 @@ from disagg_prefill_lmcache_v1.kv import meter as kv_meter
 from disagg_prefill_lmcache_v1.kv import patches, support
 from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1
 from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
-from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler, StepMetadata
+from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, LoadScheduler, StepMetadata
 from disagg_prefill_lmcache_v1.kv.paged import PagedKVConnector
 from disagg_prefill_lmcache_v1.kv.policy import LOADS_TRUSTED, LoadPolicy
 from disagg_prefill_lmcache_v1.kv.put_tracker import PutTracker
@@ -246,7 +246,7 @@ def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
     worker.start_load([to_load(300, cached=44)])
     worker.forward_end()
     worker.step_end([])
-    assert unpinned == ["r", "q"]
+    assert unpinned == ["q", "r"]
     output = worker_output(worker)
     scheduler.connector.update_connector_output(output)
     assert output.kv_connector_stats is None, "what the workers measured is for the scheduler alone"
@@ -255,6 +255,33 @@ def test_measurements_go_from_the_worker_through_the_scheduler_to_the_totals():
     assert totals["load_seconds"] > 0
     assert scheduler.connector.get_kv_connector_stats() is None
     assert worker.meter.take() is None
+
+
+def test_a_load_that_ended_is_told_without_a_forward_pass():
+    """While the only request waits for its load there is no forward pass, and vLLM calls no ``wait_for_save``."""
+    unpinned = []
+    engine = SimpleNamespace(
+        retrieve=lambda tokens, mask=None, **kwargs: torch.zeros(len(tokens), dtype=torch.bool),
+        lookup_unpin=unpinned.append,
+    )
+    connector = object.__new__(LMCacheDisaggConnectorV1)
+    connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=set)
+    worker = connector._worker = make_worker(engine)
+    load = LoadRequest("r", list(range(100)), [7, 3, 9, 4], 0, 99)
+    worker.step_begin(StepMetadata(1, 0, ["q"], [load]))
+    worker.start_load([])
+    finished = set()
+
+    def is_told() -> bool:
+        finished.update(connector.get_finished(set())[1] or ())
+        worker.step_begin(StepMetadata(2))
+        return bool(finished)
+
+    wait_until(is_told, "the load is told", 10)
+    assert finished == {"r"}
+    assert connector.get_block_ids_with_load_errors() == {3, 4, 7, 9}
+    assert unpinned == ["q", "r"]
+    worker.close()
 
 
 def test_a_runner_that_reports_only_transfers_is_helped(monkeypatch):
