@@ -1,12 +1,10 @@
-"""Sets up what the tests need and runs ruff, ShellCheck, pytest. ``tests/run.sh`` starts it; standard library alone."""
+"""Sets up what the tests need and runs pytest, which runs the linters too (tests/house). Standard library alone."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from disagg_prefill_lmcache_v1.launch.supervision import Supervisor  # noqa: E40
 
 
 def run(pytest_arguments: Sequence[str]) -> None:
-    """Raises Failure when a step has failed; the next ones run all the same."""
+    """Raises Failure when a test has failed or cannot be run."""
     profile = load_profile("cpu")  # the tests run on CPU whatever the machine has
     interpreter = choose_interpreter(os.environ.get("DISAGG_PYTHON", ""), profile, os.environ)
     log = REPOSITORY / "runs" / "tests" / "setup.log"
@@ -36,28 +34,9 @@ def run(pytest_arguments: Sequence[str]) -> None:
             set_up_redis(supervisor, "redis-server", log)
         except Failure as failure:
             info(f"Redis tests are left out: {failure}")
-        scripts = sorted(str(path) for pattern in ("disagg_*/**/*.sh", "tests/*.sh") for path in Path().glob(pattern))
-        shellcheck = shutil.which("shellcheck", path=f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}")
-        if shellcheck is None:
-            raise Failure("shellcheck is missing: install the extra 'test'")
-        steps = {
-            "ruff check": [python, "-m", "ruff", "check", "."],
-            f"shellcheck of {len(scripts)} scripts": [shellcheck, "-x", *scripts],
-            "pytest": [python, "-m", "pytest", "--durations=15", *pytest_arguments],
-        }
-        failed = [name for name, words in steps.items() if not passes(supervisor, name, words)]
-    if failed:
-        raise Failure(f"failed: {', '.join(failed)}")
-
-
-def passes(supervisor: Supervisor, name: str, words: Sequence[str]) -> bool:
-    """One step, in a group of its own, so that nothing of it outlives this program."""
-    info(name)
-    begin = time.monotonic()
-    status = supervisor.await_end(supervisor.start(name, words, os.environ, None))
-    result = f"FAILED (exit status {status})" if status else "passed"
-    info(f"{name}: {result} after {time.monotonic() - begin:.0f} s")
-    return not status
+        words = [python, "-m", "pytest", "--durations=15", *pytest_arguments]
+        if status := supervisor.await_end(supervisor.start("pytest", words, os.environ, None)):
+            raise Failure(f"pytest: exit status {status}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them: ruff, ShellCheck, pytest. Arguments go to pytest.
+# Sets up what the tests need and runs them, linters among them. Arguments go to pytest.
 #
 #   bash tests/run.sh [pytest arguments]
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh

@@ -19,21 +19,34 @@ class KVSettings:
     """Raises SettingsError, a ValueError that names the variable and what is allowed."""
 
     load: str = setting(
-        "auto", "load KV that the store has, or compute it again; auto: what was quicker", choices=MODES
+        "auto", "load KV that the store has, or compute it again; auto: what was quicker", choices=MODES, flag=False
     )
     async_load: str = setting(
-        "auto", "load beside the engine's steps; auto: on cuda, and with asynchronous scheduling", choices=MODES
+        "auto",
+        "load beside the engine's steps; auto: on cuda, and with asynchronous scheduling",
+        choices=MODES,
+        flag=False,
     )
     copy: str = setting(
         "auto",
         "who copies between KV cache and chunks: this project or LMCache (stock)",
         choices=("auto", "own", "stock"),
+        flag=False,
     )
     copy_threads: int = setting(
-        min(2, os.cpu_count() or 1), "copies at a time in host memory", low=1, high=256, shown="2, or 1 on one core"
+        min(2, os.cpu_count() or 1),
+        "copies at a time in host memory",
+        low=1,
+        high=256,
+        shown="2, or 1 on one core",
+        flag=False,
     )
-    wait_timeout: float = setting(10.0, "seconds that a prefill answer waits for its KV", above=0, high=3600)
-    visibility: str = setting("", "abstract Unix socket (@name) from engine to API server; empty: nothing waits")
+    wait_timeout: float = setting(
+        10.0, "seconds that a prefill answer waits for its KV", above=0, high=3600, flag=False
+    )
+    visibility: str = setting(
+        "", "abstract Unix socket (@name) from engine to API server; empty: nothing waits", flag=False
+    )
 
 
 def from_environment() -> KVSettings:

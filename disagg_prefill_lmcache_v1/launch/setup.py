@@ -90,7 +90,7 @@ def install_extra(supervisor: Supervisor, interpreter: Interpreter, profile: Pro
     answer = interpreter.ask("--missing", extra)
     if answer.returncode:
         raise Failure(f"cannot read the extra '{extra}' of {PYPROJECT} with {python}")
-    packages = answer.stdout.splitlines()
+    packages = [line for line in answer.stdout.splitlines() if line]
     if packages:
         supervisor.run_step(f"installing {' '.join(packages)}", [*pip, "install", *packages], os.environ, log)
     if servers:

@@ -2,8 +2,8 @@
 
     python tests/house/tables.py [--write]
 
-A place for one looks like ``<!-- table MODULE:CLASS PREFIX -->`` and ends with ``<!-- end -->``. Without --write it is
-only told which file is out of date (exit status 1).
+A place for one looks like ``<!-- table MODULE:CLASS PREFIX -->`` and ends with ``<!-- end -->``; instead of the class a
+mapping of several classes may stand there. Without --write it is only told which page is out of date (exit status 1).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +23,10 @@ def fill(text: str) -> str:
     from disagg_prefill_lmcache_v1.settings import table
 
     def made(place: re.Match[str]) -> str:
-        settings = getattr(importlib.import_module(f"disagg_prefill_lmcache_v1.{place['module']}"), place["name"])
-        return f"{place[0].splitlines()[0]}\n{table(settings, prefix=place['prefix'])}<!-- end -->"
+        value = getattr(importlib.import_module(f"disagg_prefill_lmcache_v1.{place['module']}"), place["name"])
+        classes = value.values() if isinstance(value, Mapping) else [value]
+        lines = [line for each in classes for line in table(each, prefix=place["prefix"]).splitlines()]
+        return "\n".join([place[0].splitlines()[0], *dict.fromkeys(lines), "<!-- end -->"])
 
     return PLACE.sub(made, text)
 

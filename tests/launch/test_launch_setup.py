@@ -42,7 +42,7 @@ case "$*" in
   *--has-version*) exit 1 ;;
   *--has-servers*) exit 1 ;;
   *--untouched*) exit "${STANDIN_TOUCHED:-0}" ;;
-  *--missing*) echo one==1; echo two==2 ;;
+  *--missing*) [[ -n ${STANDIN_COMPLETE:-} ]] && echo || { echo one==1; echo two==2; } ;;
   *) exit 0 ;;
 esac
 """
@@ -109,6 +109,12 @@ def test_set_up_makes_an_environment_once(clone: Clone) -> None:
     (clone.root / "pyproject.toml").write_text("second\n")
     assert clone.run().returncode == 0
     assert clone.steps()[4:] == STEPS
+
+
+def test_an_environment_that_lacks_nothing_is_not_installed_into(clone: Clone) -> None:
+    done = clone.run(STANDIN_COMPLETE="1")
+    assert done.returncode == 0, done.stderr
+    assert clone.steps()[1:] == [STEPS[0], STEPS[2]]
 
 
 def test_a_failed_set_up_is_done_again(clone: Clone) -> None:

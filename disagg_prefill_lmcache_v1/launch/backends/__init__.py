@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,17 +14,6 @@ from disagg_prefill_lmcache_v1.launch.backends.shm import Shm
 from disagg_prefill_lmcache_v1.settings import resolve
 
 BACKENDS: Mapping[str, type[Backend]] = {each.name: each for each in (Lm, Redis, Shm, Nixl, Mp)}
-
-# All settings of single backends, which only the environment and the profiles set; the documentation shows them.
-BackendSettings = dataclasses.make_dataclass(
-    "BackendSettings",
-    {
-        field.name: (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
-        for kind in BACKENDS.values()
-        for field in dataclasses.fields(kind)
-        if "kind" in field.metadata
-    }.values(),
-)
 
 
 def make_backend(
