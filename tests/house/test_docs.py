@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -71,6 +72,19 @@ def test_every_module_with_settings_has_its_table() -> None:
     assert {module for module in with_settings if not module.startswith("launch.backends.")} <= there
     assert "launch.backends" in there
     assert tables.fill("<!-- table measure.settings:Settings X_ -->\n<!-- end -->").count("`X_SEED`") == 1
+
+
+def test_every_function_on_the_way_of_a_request_is_there() -> None:
+    page = (ROOT / "docs/how-a-request-travels.md").read_text()
+    hops = re.findall(r"^\| (\d+) \| `(\S+)` \| `(\S+)` \|", page, re.MULTILINE)
+    assert [int(number) for number, _, _ in hops] == list(range(1, len(hops) + 1))
+    assert len(hops) > 10
+    for _, file, function in hops:
+        scope = ast.parse((PACKAGE / file).read_text()).body
+        for part in function.split("."):
+            found = [node for node in scope if getattr(node, "name", "") == part]
+            assert found, f"{file}: {function}"
+            scope = getattr(found[0], "body", [])
 
 
 # --- commands
