@@ -141,6 +141,7 @@ WAYS = [
     (r"python (\S+\.py|-m disagg_prefill_lmcache_v1\.\S+)( .*)?", known_flags),
     (r"make (check|fix|test)", make),
     (r"bash tests/run\.sh( .*)?", None),  # runs this test
+    (r"lmcache server .*", None),  # faults of LMCache's, to reproduce by hand
     (r"curl .*", None),  # needs a stack that runs; tests/stack asks the same of one
     (r"pip (un)?install .*", None),  # changes the environment
 ]

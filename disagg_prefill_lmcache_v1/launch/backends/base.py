@@ -17,6 +17,7 @@ from disagg_prefill_lmcache_v1.settings import setting
 
 SIZE = {"pattern": r"[0-9]{1,12}([kKmMgG][bB]?|[bB])?", "allowed": "a whole number and a unit, as in 512mb or 2gb"}
 
+
 def memory_size(help: str) -> Any:
     """A setting of the environment alone: bytes with a unit."""
     return setting("", help, flag=False, shown="the device's", **SIZE)
