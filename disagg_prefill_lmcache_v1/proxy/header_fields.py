@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.proxy.headers import Header
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
@@ -15,7 +16,15 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 _NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"http2-settings", b"x-request-id"}
 _INTERNAL = b"x-kv-"  # between the proxy and its servers; a client's are dropped
-_NOT_SENT_BACK = _HOP_BY_HOP | {b"x-request-id", b"x-kv-state", b"x-kv-wait-ms", b"x-kv-transfer-ms", b"x-kv-reason"}
+_LOCATIONS = (b"location", b"content-location")
+_NOT_SENT_BACK = _HOP_BY_HOP | {
+    *_LOCATIONS,
+    b"x-request-id",
+    b"x-kv-state",
+    b"x-kv-wait-ms",
+    b"x-kv-transfer-ms",
+    b"x-kv-reason",
+}
 _request_id_ok = re.compile(rb"[A-Za-z0-9_.:/@+=,~#|-]{1,256}").fullmatch
 
 PREFLIGHT = (
@@ -99,6 +108,8 @@ def answer_lines(request: RequestContext, headers: Iterable[Header]) -> list[byt
             lines.append(line)
         elif name == b"connection":
             connection = value
+        elif name in _LOCATIONS:
+            lines.append(b"%b: %b\r\n" % (name, _location(value, (request.decoder, request.prefiller))))
     if connection:
         lines = _without_named(lines, connection)
     if request.cors:
@@ -106,6 +117,18 @@ def answer_lines(request: RequestContext, headers: Iterable[Header]) -> list[byt
         lines.append(request.cors)
     lines.append(own_lines(request))
     return lines
+
+
+def _location(value: bytes, authorities: tuple[str, ...]) -> bytes:
+    """A Location that names one of the servers, as one that leads to the same path of the proxy."""
+    try:
+        parts = urlsplit(value.decode("latin-1"))
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return b"/"
+    if (f"[{host}]:{port}" if ":" in host else f"{host}:{port}") not in authorities:
+        return value
+    return parts._replace(scheme="", netloc="", path="/" + parts.path.lstrip("/")).geturl().encode("latin-1")
 
 
 def own_lines(request: RequestContext) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import socket
 import subprocess
@@ -621,6 +622,30 @@ def test_a_name_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert loop.time() < deadline
 
     look_up(monkeypatch, [socket.gaierror(-2, "unknown"), ["127.0.0.2"], ["127.0.0.1"]], use)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_look_up_that_nobody_waits_for_fails_in_silence(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    complaints: list[Any] = []
+
+    async def use() -> None:
+        loop = asyncio.get_running_loop()
+        client = Client(parse_url("http://no-such-host.invalid:1", "test"), connect_timeout_s=0.0001,
+                        idle_connection_s=1.0, max_head_bytes=4096)  # fmt: skip
+        for _ in range(20):
+            with pytest.raises(UpstreamError):
+                await client.request(REQUEST)
+        for _ in range(8):  # the system works on them one after the other: ours are done as well then
+            with pytest.raises(OSError, match="not known"):
+                await loop.getaddrinfo("no-such-host.invalid", 1)
+        gc.collect()
+        await asyncio.sleep(0)
+
+    loop = new_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    loop.run_until_complete(use())
+    loop.close()
+    assert not complaints
 
 
 # -- fuzzed against h11

@@ -1,0 +1,280 @@
+"""What servers can do to the proxy, and what one client's requests can do to the servers and so to other clients."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from proxy_harness import DEADLINE_S, MockThread, ProxyProcess, dead_port, stack, wait_until
+
+COMPLETIONS = "/v1/completions"
+
+
+def post(url: str, mock: str = "", **fields: Any) -> httpx.Response:
+    headers = {"x-mock": mock} if mock else {}
+    return httpx.post(url, json={"prompt": "x", **fields}, headers=headers, timeout=DEADLINE_S)
+
+
+@contextlib.contextmanager
+def fleet(prefillers: int, decoders: int, *flags: str) -> Iterator[tuple[ProxyProcess, list[Any], list[Any]]]:
+    """The proxy before so many mock servers, and the states of these."""
+    mocks = MockThread()
+    found = [[mocks.add(role) for _ in range(count)] for role, count in (("prefill", prefillers), ("decode", decoders))]
+    names = ("--prefiller", "--decoder")
+    urls = [part for name, members in zip(names, found, strict=True) for port, _ in members
+            for part in (name, f"http://127.0.0.1:{port}")]  # fmt: skip
+    proxy = ProxyProcess(*urls, *flags)
+    try:
+        yield proxy, *([state for _, state in members] for members in found)
+    finally:
+        proxy.stop()
+        mocks.close()
+
+
+class RawServer:
+    """A server of raw bytes: ``answer`` gets the request's head and yields what to send; health checks are answered."""
+
+    def __init__(self, answer: Callable[[bytes], Iterator[bytes]]) -> None:
+        self._answer = answer
+        self.requests: list[bytes] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += sock.recv(65536) or exit_thread()
+            if head.startswith(b"GET /health"):
+                sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                return
+            self.requests.append(head)
+            for part in self._answer(head):
+                sock.sendall(part)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def exit_thread() -> bytes:
+    raise OSError("the other side is gone")
+
+
+def slowly(data: bytes, pause_s: float = 0.1) -> Iterator[bytes]:
+    for position in range(len(data)):
+        yield data[position : position + 1]
+        time.sleep(pause_s)
+
+
+# -- one request, one server
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("mock", ["cut=0", "prefill.cut=0;decode.cut=0"])
+def test_a_request_that_servers_die_of_reaches_one_of_each_kind(warm: bool, mock: str) -> None:
+    with fleet(2, 3) as (proxy, prefillers, decoders):
+        if warm:  # on connections that are kept from before, too
+            for _ in range(12):
+                assert post(proxy.url + COMPLETIONS).status_code == 200
+        before = [state.served for state in (*prefillers, *decoders)]
+        answer = post(proxy.url + COMPLETIONS, mock)
+        assert answer.status_code == 503
+        after = [state.served for state in (*prefillers, *decoders)]
+        delivered = [now - then for now, then in zip(after, before, strict=True)]
+        assert (sum(delivered[:2]), sum(delivered[2:])) == (1, 1)
+        assert post(proxy.url + COMPLETIONS).status_code == 200
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_other_routes_are_sent_once(warm: bool) -> None:
+    with fleet(1, 3) as (proxy, _, decoders):
+        if warm:
+            for _ in range(6):
+                assert httpx.get(proxy.url + "/v1/models").status_code == 200
+        before = sum(state.served for state in decoders)
+        assert post(proxy.url + "/v1/load_lora_adapter", "cut=0").status_code == 503
+        assert sum(state.served for state in decoders) == before + 1
+
+
+def test_what_was_not_sent_goes_to_another_server() -> None:
+    """Health checks are too rare here to help: the connection that cannot be made is noticed by requests alone."""
+    with fleet(1, 1, "--decoder", f"http://127.0.0.1:{dead_port()}", "--health-interval-s", "3600") as found:
+        proxy, _, decoders = found
+        for _ in range(8):
+            assert post(proxy.url + COMPLETIONS).status_code == 200
+        assert decoders[0].served == 8
+
+
+# -- one client's requests are not a server's health
+
+
+@pytest.mark.parametrize(
+    "mock", ["prefill.status=500", "prefill.cut=0", "prefill.delay=30", "decode.status=500", "decode.cut=0"]
+)
+def test_requests_that_fail_do_not_close_the_way_for_others(mock: str) -> None:
+    with stack("--prefill-timeout-s", "0.3") as made:
+        for _ in range(8):
+            post(made.url + COMPLETIONS, mock)
+        assert not any("is down" in line for line in made.proxy.messages), made.proxy.messages
+        for _ in range(10):
+            answer = post(made.url + COMPLETIONS)
+            assert (answer.status_code, answer.headers["x-kv-state"]) == (200, "stored")
+
+
+def test_a_prefill_server_that_answers_500_is_not_replaced_by_another() -> None:
+    with fleet(3, 1) as (proxy, prefillers, _):
+        assert post(proxy.url + COMPLETIONS, "prefill.status=500").headers["x-kv-state"] == "none"
+        assert sum(state.served for state in prefillers) == 1
+
+
+def test_a_server_that_is_gone_is_told_by_its_health_check_and_found_again() -> None:
+    mocks = MockThread()
+    ports = [mocks.add(role)[0] for role in ("prefill", "decode")]
+    server = RawServer(lambda head: iter(()))
+    proxy = ProxyProcess("--prefiller-port", str(ports[0]), "--decoder", f"http://127.0.0.1:{ports[1]}", "--decoder",
+                         server.url, "--health-interval-s", "0.2")  # fmt: skip
+
+    def ready() -> dict[str, bool]:
+        return httpx.get(proxy.url + "/ready", timeout=DEADLINE_S).json()["servers"]["decode"]
+
+    try:
+        wait_until(lambda: all(ready().values()), "both are up")
+        server.close()
+        wait_until(lambda: not ready()[server.url], "one is down")
+        assert httpx.get(proxy.url + "/ready").status_code == 200  # because of the other one
+    finally:
+        proxy.stop()
+        mocks.close()
+
+
+def test_ready_asks_no_server() -> None:
+    with stack("--health-interval-s", "60") as made:
+        for _ in range(50):
+            assert httpx.get(made.url + "/ready").status_code == 200
+        checks = [r for state in (made.prefill, made.decode) for r in state.requests if r["path"] == "/health"]
+        assert len(checks) == 2  # those at the start
+
+
+# -- limits of time
+
+
+@pytest.fixture
+def slow_server() -> Iterator[RawServer]:
+    def answer(head: bytes) -> Iterator[bytes]:
+        yield from slowly(b"HTTP/1.1 200 OK\r\nx-slow: y\r\ncontent-length: 100\r\n\r\n", 0.05)
+        yield from slowly(b"x" * 100)
+
+    server = RawServer(answer)
+    yield server
+    server.close()
+
+
+def test_the_limits_hold_for_a_server_that_sends_byte_by_byte(slow_server: RawServer) -> None:
+    with stack("--prefiller", slow_server.url, "--prefill-timeout-s", "1") as made:
+        begin = time.perf_counter()
+        answer = post(made.url + COMPLETIONS)
+        assert 0.9 < time.perf_counter() - begin < 2
+        assert (answer.status_code, answer.headers["x-kv-state"]) == (200, "none")
+    with stack("--decoder", slow_server.url, "--decode-timeout-s", "1") as made:
+        begin = time.perf_counter()
+        answer = post(made.url + COMPLETIONS)
+        assert 0.9 < time.perf_counter() - begin < 2
+        assert (answer.status_code, answer.json()["error"]["stage"]) == (504, "decode")
+
+
+# -- names of servers
+
+
+@pytest.mark.parametrize(
+    ("location", "wanted"),
+    [
+        ("http://{host}/v1/completions", "/v1/completions"),
+        ("http://{host}/v1/completions?a=b", "/v1/completions?a=b"),
+        ("//{host}//evil.example/x", "/evil.example/x"),
+        ("http://{host}", "/"),
+        ("/v1/completions", "/v1/completions"),
+        ("https://example.org/docs", "https://example.org/docs"),
+    ],
+)
+def test_a_redirect_does_not_lead_around_the_proxy(location: str, wanted: str) -> None:
+    def answer(head: bytes) -> Iterator[bytes]:
+        host = head.partition(b"host: ")[2].partition(b"\r\n")[0].decode()
+        target = location.format(host=host)
+        yield f"HTTP/1.1 307 Temporary Redirect\r\nLocation: {target}\r\ncontent-length: 0\r\n\r\n".encode()
+
+    server = RawServer(answer)
+    with stack("--decoder", server.url) as made:
+        found = post(made.url + COMPLETIONS + "/")
+        assert (found.status_code, found.headers["location"]) == (307, wanted)
+    server.close()
+
+
+def test_a_name_that_has_no_address_is_a_plain_message() -> None:
+    with stack("--decoder", "http://no-such-host.invalid:1") as made:
+        answer = post(made.url + COMPLETIONS)
+        assert (answer.status_code, answer.json()["error"]["stage"]) == (503, "decode")
+        assert "no-such-host" not in answer.text
+        wait_until(lambda: any("is down" in line for line in made.proxy.messages), "it is told as down")
+
+
+# -- servers that come and go
+
+
+def test_series_of_servers_that_are_gone_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "upstreams.json"
+    with stack() as made:
+        prefillers = [f"http://127.0.0.1:{made.prefill_port}"]
+        decoder, gone = f"http://127.0.0.1:{made.decode_port}", f"http://127.0.0.1:{dead_port()}"
+        path.write_text(json.dumps({"prefillers": prefillers, "decoders": [decoder, gone]}))
+        proxy = ProxyProcess("--upstreams-file", str(path))
+
+        def shown(url: str) -> int:
+            return httpx.get(proxy.url + "/metrics", timeout=DEADLINE_S).text.count(f'upstream="{url}"')
+
+        try:
+            wait_until(lambda: shown(gone) == 3, "all series are there")
+            path.write_text(json.dumps({"prefillers": prefillers, "decoders": [decoder]}))
+            wait_until(lambda: shown(gone) == 0, "those of the server that is gone are left out")
+            assert shown(decoder) == 3
+        finally:
+            proxy.stop()
+
+
+def test_more_servers_than_there_is_room_for_in_the_metrics_stop_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "upstreams.json"
+    with stack() as made:
+        prefillers, decoder = [f"http://127.0.0.1:{made.prefill_port}"], f"http://127.0.0.1:{made.decode_port}"
+
+        def write(*more: str) -> None:
+            path.write_text(json.dumps({"prefillers": prefillers, "decoders": [decoder, *more]}))
+
+        write()
+        proxy = ProxyProcess("--upstreams-file", str(path), "--health-interval-s", "60", "--decode-timeout-s", "1")
+        try:
+            write(*(f"http://127.{n >> 16}.{n >> 8 & 255}.{n & 255}:1" for n in range(1, 5000)))
+            wait_until(
+                lambda: any("too many metric series" in line for line in proxy.messages), "the table is full", 60
+            )
+            write()
+            wait_until(lambda: proxy.messages[-1].endswith(f"decode {decoder}"), "the file is read again", 60)
+            assert post(proxy.url + COMPLETIONS).status_code == 200
+            assert post(proxy.url + COMPLETIONS, "decode.delay=30").status_code == 504  # timeouts are enforced still
+            text = httpx.get(proxy.url + "/metrics", timeout=DEADLINE_S).text
+            assert text.count("disagg_upstream_up{") == 2
+        finally:
+            proxy.stop()
