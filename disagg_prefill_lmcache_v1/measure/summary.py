@@ -59,14 +59,14 @@ class _Reuse:
     not_loaded_tokens: int | None  # None: the decoder does not tell
 
 
-def _reuse(answers: Iterable[Answer], told: dict[str, float]) -> _Reuse:
+def _reuse(settings: Settings, answers: Iterable[Answer], told: dict[str, float]) -> _Reuse:
     """Tokens that the decoder could have loaded and chose to compute do not count as reusable.
 
     What was loaded is told for each request, or else for all together by the decoder's counters.
     """
     complete_ones = [answer for answer in answers if answer.error is None]
-    reusable = [answer.reusable_tokens for answer in complete_ones]
-    each = [answer.cached_reusable_tokens for answer in complete_ones]
+    reusable = [answer.reusable_tokens(settings.reuse_block) for answer in complete_ones]
+    each = [min(answer.cached_tokens or 0, most) for answer, most in zip(complete_ones, reusable, strict=True)]
     cached = sum(each)
     missing = _whole(told.get("not_loaded_tokens"))
     lacking = 0  # requests
@@ -96,10 +96,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json. `errors` counts failed requests of the load and of the probe."""
     answers = load_result.answers
-    for answer in [*answers, *probe_result.answers]:
-        answer.reuse_block = settings.reuse_block
     complete_ones = [answer for answer in answers if answer.error is None]
-    reuse = _reuse(answers, load_result.decoder)
+    reuse = _reuse(settings, answers, load_result.decoder)
     return {
         "requests": len(answers),
         "errors": len(answers) - len(complete_ones) + len(probe_result.errors),
@@ -169,7 +167,7 @@ def _decoder_counts(told: dict[str, float]) -> dict[str, float | None]:
 
 
 def _probe_part(settings: Settings, result: ProbeResult) -> dict[str, Any]:
-    reuse = _reuse(result.answers, result.decoder)
+    reuse = _reuse(settings, result.answers, result.decoder)
     return {
         "outputs_match": result.outputs_match,
         "probe_prompts": result.prompts,

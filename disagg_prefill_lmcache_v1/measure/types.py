@@ -30,19 +30,12 @@ class Answer:
     kv_state: str | None = None  # `x-kv-state` of the proxy
     kv_wait_ms: float | None = None  # `x-kv-wait-ms` of the proxy
     ttft_ms: float | None = None  # request sent to first token; for an answer that is not streamed, to the whole of it
-    reuse_block: int = 1  # prompt tokens that can be reused at a time
     itl_ms: list[float] = field(default_factory=list)  # gaps between the token chunks of a stream
     duration_ms: float = 0.0
 
-    @property
-    def reusable_tokens(self) -> int:
-        """Prompt tokens that can be reused at most: the last one is always computed, to get the next."""
-        return max(min(self.prompt_tokens // self.reuse_block * self.reuse_block, self.prompt_tokens - 1), 0)
-
-    @property
-    def cached_reusable_tokens(self) -> int:
-        """Of the reusable ones, those that the answering server counts as cached."""
-        return min(self.cached_tokens or 0, self.reusable_tokens)
+    def reusable_tokens(self, block: int = 1) -> int:
+        """Prompt tokens that can be reused at most: whole blocks, and never the last one, as it gives the next."""
+        return max(min(self.prompt_tokens // block * block, self.prompt_tokens - 1), 0)
 
 
 @dataclass(frozen=True)
