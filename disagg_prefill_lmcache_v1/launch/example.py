@@ -98,7 +98,9 @@ class Example:
         command = build_command(self.plan, role)
         words = with_masked_output(self.plan.backend.url, command.words)
         environment = command.full_environment(self.plan.environ)
-        self.children[role] = self.supervisor.start(role, words, environment, log_of(self.plan, role))
+        log = log_of(self.plan, role)
+        info(f"starting {role} on port {server_port(self.plan, role)} (log: {log})")
+        self.children[role] = self.supervisor.start(role, words, environment, log)
 
     def await_ready(self, timeout_s: float, roles: Sequence[str], path: str) -> None:
         targets = []

@@ -24,7 +24,7 @@ from disagg_prefill_lmcache_v1.launch.devices import assign_cards
 from disagg_prefill_lmcache_v1.launch.interpreter import Interpreter, choose_interpreter
 from disagg_prefill_lmcache_v1.launch.messages import UsageError
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, choose_model
-from disagg_prefill_lmcache_v1.launch.settings import Configuration, EngineSettings, read_configuration
+from disagg_prefill_lmcache_v1.launch.settings import WAYS, Configuration, EngineSettings, read_configuration
 from disagg_prefill_lmcache_v1.settings import SettingsError, setting
 
 INSTANCE = "disagg_prefill_lmcache_v1.launch.kv_sharing_instance"
@@ -35,9 +35,7 @@ SIDES = {"store": "prefiller", "retrieve": "decoder"}  # the server of the examp
 class SharingSettings(EngineSettings):
     """One run. The tensor parallel size's default is the script's, see ``settings_class``."""
 
-    backend: str = setting(
-        "lm", "way of the KV cache", choices=tuple(BACKENDS), aliases=("--remote-server", "--remote_server")
-    )
+    backend: str = setting("lm", WAYS, choices=tuple(BACKENDS), aliases=("--remote-server", "--remote_server"))
     kv_port: int = setting(0, "port of the KV server started here, 0: any free one", low=0, high=65535)
     kv_load: str = setting("always", "to load is what the second instance is there for", flag=False, env="")
     remote_url: str = setting(

@@ -20,6 +20,7 @@ from disagg_prefill_lmcache_v1.settings import SettingsError, flag_of, parser_of
 
 PREFIX = "DISAGG_"
 PORT = {"kind": "whole", "low": 1, "high": 65535}
+WAYS = f"way of the KV cache ({', '.join(f'{name}: {kind.title}' for name, kind in BACKENDS.items())})"
 OF_DEVICE = "the device's"
 
 
@@ -34,7 +35,7 @@ class DeviceSetting:
 class EngineSettings(DeviceSetting):
     """What every launcher of vLLM engines here takes."""
 
-    backend: str = setting("lm", "way of the KV cache", choices=tuple(BACKENDS))
+    backend: str = setting("lm", WAYS, choices=tuple(BACKENDS))
     tensor_parallel_size: int = setting(1, "ranks (cards) of each vLLM server", low=1, high=64)
     model: str = setting(
         "", "Hugging Face name or local directory; needs HF_TOKEN only if it is gated and not local", shown=OF_DEVICE
