@@ -38,6 +38,18 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """``host:port``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"'{text}': allowed: HOST:PORT")
+    return host, int(port)
+
+
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
     """Flags of LMCache's server for entries of the settings file; a list is a flag for each of its entries."""
     words = []
@@ -64,6 +76,7 @@ def server_words(argv: Sequence[str]) -> tuple[str, list[str]]:
     parser.add_argument("--size", type=parse_size, default=size, help="memory for KV, as in 512mb or 2gb")
     parser.add_argument("--chunk-size", type=int, default=None, help="tokens of a chunk, a multiple of vLLM's block")
     parser.add_argument("--config", type=Path, default=CONFIG, help="settings file")
+    parser.add_argument("--redis", type=parse_address, metavar="HOST:PORT", help="second tier; see also --l2-adapter")
     parser.add_argument("--l2-adapter", action="append", default=[], metavar="JSON", help="second tier, LMCache's JSON")
     given = parser.parse_args(argv)
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -76,8 +89,11 @@ def server_words(argv: Sequence[str]) -> tuple[str, list[str]]:
         raise SystemExit(f"mp_server: error: {given.config}: {' '.join(str(error).split())}") from None
     if given.chunk_size is not None:
         settings["chunk_size"] = given.chunk_size
-    if given.l2_adapter:
-        settings["l2_adapter"] = [json.loads(text) for text in given.l2_adapter]
+    tiers = [json.loads(text) for text in given.l2_adapter]
+    if given.redis:  # LMCache takes its password from LMCACHE_RESP_PASSWORD
+        tiers.append({"type": "resp", "host": given.redis[0], "port": given.redis[1]})
+    if tiers:
+        settings["l2_adapter"] = tiers
     # As large as the size at once: what the server grows by later would not be in the shared memory.
     settings |= {"host": given.host, "port": given.port, "l1_size_gb": given.size / (1 << 30)}
     name = settings.setdefault("shm_name", f"disagg-mp-{given.port}-{os.getpid()}")

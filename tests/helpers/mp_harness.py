@@ -32,14 +32,14 @@ EXTRA = {"lmcache.mp.mq_timeout": TIMEOUT_S, "lmcache.mp.heartbeat_interval": HE
 class MPServer:
     """The process; ``size``: its memory for KV."""
 
-    def __init__(self, log: Path, size: str = "50mb") -> None:
+    def __init__(self, log: Path, size: str = "50mb", *words: str) -> None:
         (self.port,) = free_ports(1)
-        self._log, self._size = log, size
+        self._log, self._words = log, ("--size", size, *words)
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.mp_server", "127.0.0.1", str(self.port)]
-        command += ["--size", self._size, "--chunk-size", str(BLOCK)]
+        command += ["--chunk-size", str(BLOCK), *self._words]
         environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "PYTHONPATH": str(REPOSITORY)}
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -112,6 +112,15 @@ class Engine:
             assert time.monotonic() < end, "no answer to a lookup"
             time.sleep(0.005)
         return name, found
+
+    def is_found(self, tokens: list[int]) -> bool:
+        """Whether a lookup finds all; its locks are given back."""
+        name, found = self.find(tokens)
+        if found:
+            self.scheduler.free_lookup_locks(tokens, 0, found, name)
+        self.scheduler.cleanup_lookup_result(name)
+        self.scheduler.end_session(name)
+        return found == len(tokens)
 
     def _name(self) -> str:
         self._count += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import time
 import types
 
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("lmcache", reason="LMCache is not installed: it is what is tested")
 pytest.importorskip("vllm", reason="vLLM is not installed: LMCache's connector is built on it")
 
+from kv_stores import Server
 from launch_harness import wait_until
 from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
 
@@ -55,6 +57,35 @@ def test_what_is_stored_is_loaded_as_it_was(engine):
     assert engine.load(tokens, [11, 12, 13, 14], name)
     for cache in engine.caches.values():
         assert torch.equal(cache[1:5], cache[11:15])
+
+
+@pytest.fixture
+def small_server(tmp_path):
+    """Room for about 30 prompts, and Redis behind it."""
+    redis = Server("redis")
+    server = MPServer(tmp_path / "kv_server.log", "4mb", "--redis", f"127.0.0.1:{redis.port}")
+    yield server
+    server.kill()
+    redis.stop()
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed: it is the second tier")
+def test_what_the_first_tier_evicts_is_loaded_from_redis(small_server):
+    engine = Engine(small_server)
+    prompts = [prompt() for _ in range(100)]
+    for n, tokens in enumerate(prompts):
+        blocks = [1 + 4 * (n % 10) + i for i in range(4)]
+        # While the server makes room there is none: it is told as not stored then.
+        stored = lambda tokens=tokens, blocks=blocks: engine.store(tokens, blocks) and engine.is_found(tokens)  # noqa: E731
+        wait_until(stored, "it is stored", 20)
+    for n in (0, 1, 50, 99):
+        name, found = engine.find(prompts[n])
+        assert found == len(prompts[n]), n
+        assert engine.load(prompts[n], [51, 52, 53, 54], name)
+        first = 1 + 4 * (n % 10)
+        for cache in engine.caches.values():
+            assert torch.equal(cache[first : first + 4], cache[51:55])
+    engine.close()
 
 
 def test_a_frozen_server_costs_a_store_and_a_load_their_deadline_and_nothing_more(server, engine):
@@ -168,7 +199,9 @@ def test_the_servers_memory_is_removed_however_it_ends(tmp_path):
         wait_until(lambda server=server: not server.memory(), "its memory is gone", 10)
 
 
-@pytest.mark.parametrize("words", [["--size", "much"], ["--size", "0gb"], ["--config", "/nowhere.yaml"], ["--what"]])
+@pytest.mark.parametrize(
+    "words", [["--size", "much"], ["--size", "0gb"], ["--config", "/nowhere.yaml"], ["--redis", "db"], ["--what"]]
+)
 def test_a_wrong_command_line_of_the_server_is_told_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as ended:
         server_words(["127.0.0.1", "1", *words])
@@ -180,13 +213,14 @@ def test_the_settings_file_has_only_flags_that_lmcache_has(monkeypatch):
     from lmcache.v1.multiprocess import server
 
     adapter = {"type": "mock"}
-    name, words = server_words(["h", "1", "--size", "512mb", "--chunk-size", "32", "--l2-adapter", json.dumps(adapter)])
+    more = ["--redis", "db:1", "--l2-adapter", json.dumps(adapter)]
+    name, words = server_words(["h", "1", "--size", "512mb", "--chunk-size", "32", *more])
     monkeypatch.setattr("sys.argv", ["x", *words])
     given = server.parse_args()  # ends the test at a flag that it does not know
     assert (given.host, given.port, given.l1_size_gb, given.chunk_size) == ("h", 1, 0.5, 32)
     assert given.shm_name == name
     assert given.worker_reap_timeout_seconds == 0
-    assert json.loads(given.l2_adapter[0]) == adapter
+    assert [json.loads(text) for text in given.l2_adapter] == [adapter, {"type": "resp", "host": "db", "port": 1}]
 
 
 class Never:

@@ -248,12 +248,12 @@ def test_mp_has_one_block_size_for_server_and_engines(launch: Launch, device: st
             },
         }
     assert option(commands["load"][1], "--reuse-block") == str(block)
-    settings = {"KV_MP_SIZE": "64MB", "KV_MP_BLOCK_SIZE": "16", "KV_MP_TIMEOUT": "4"}
+    settings = {"KV_MP_SIZE": "64MB", "KV_MP_BLOCK_SIZE": "16", "KV_MP_TIMEOUT": "4", "KV_MP_REDIS": "db:6379"}
     adapter = '{"type": "resp", "port": 6379}'
     commands = dry_run(
         launch, "--device", device, "--backend=mp", "--kv-port=77", KV_MP_ARGS=f"--l2-adapter '{adapter}'", **settings
     )
-    more = ["77", "--size", "64MB", "--chunk-size", "16", "--l2-adapter", adapter]
+    more = ["77", "--size", "64MB", "--chunk-size", "16", "--redis", "db:6379", "--l2-adapter", adapter]
     assert commands["kv-server"][1] == [*server, *more]
     transfer = json.loads(option(commands["decoder"][1], "--kv-transfer-config"))["kv_connector_extra_config"]
     assert (transfer["lmcache.mp.port"], transfer["lmcache.mp.mq_timeout"]) == (77, 4)
@@ -265,6 +265,7 @@ def test_mp_has_one_block_size_for_server_and_engines(launch: Launch, device: st
         ("KV_MP_BLOCK_SIZE", "0", "a whole number from 1 to 4096"),
         ("KV_MP_TIMEOUT", "-1", "a number above 0, at most 3600"),
         ("KV_MP_TIMEOUT", "soon", "a number above 0, at most 3600"),
+        ("KV_MP_REDIS", "redis://db:1", "HOST:PORT"),
     ],
 )
 def test_what_mp_does_not_take_is_named(launch: Launch, name: str, value: str, allowed: str) -> None:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.launch.backends.base import Backend, memory_size
 from disagg_prefill_lmcache_v1.settings import setting
@@ -29,7 +30,11 @@ class Mp(Backend):
         "{python} -m disagg_prefill_lmcache_v1.kv.mp_server", "words that start LMCache's server", flag=False
     )
     kv_mp_size: str = memory_size("memory of the KV server; then it evicts what was not used for longest")
-    kv_mp_args: str = setting("", "further words of its command line, as in --l2-adapter '{\"type\":…}'", flag=False)
+    kv_mp_redis: str = setting(
+        "", "HOST:PORT of a Redis that is its second tier; the password in LMCACHE_RESP_PASSWORD", flag=False,
+        pattern=r"[^\s:]+:[0-9]{1,5}", allowed="HOST:PORT",
+    )  # fmt: skip
+    kv_mp_args: str = setting("", "further words of its command line", flag=False)
     # The unit of reuse: at most so many tokens of a prompt are computed again.
     kv_mp_block_size: int = setting(
         None, "tokens of a KV block and of a chunk", kind="whole", flag=False, low=1, high=4096, shown="the device's"
@@ -45,7 +50,9 @@ class Mp(Backend):
 
     def server(self) -> list[str]:
         words = [*self.kv_mp_server_program.split(), self.host, str(self.port), "--size", self.kv_mp_size]
-        return [*words, "--chunk-size", str(self.kv_mp_block_size), *shlex.split(self.kv_mp_args)]
+        words += ["--chunk-size", str(self.kv_mp_block_size)]
+        words += ["--redis", self.kv_mp_redis] if self.kv_mp_redis else []
+        return words + shlex.split(self.kv_mp_args)
 
     def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
         return {}
@@ -54,8 +61,9 @@ class Mp(Backend):
         return ["--block-size", str(self.kv_mp_block_size)]
 
     def extra_config(self, name: str) -> dict[str, Any]:
+        address = urlsplit(self.store_url)
         return {
-            "lmcache.mp.host": f"tcp://{self.host}",
-            "lmcache.mp.port": self.port,
+            "lmcache.mp.host": f"tcp://{address.hostname}",
+            "lmcache.mp.port": address.port,
             "lmcache.mp.mq_timeout": self.kv_mp_timeout,
         }
