@@ -45,7 +45,7 @@ from disagg_prefill_lmcache_v1.launch.messages import (
 )
 from disagg_prefill_lmcache_v1.launch.plan import Plan
 from disagg_prefill_lmcache_v1.launch.ports import free_port, is_listening
-from disagg_prefill_lmcache_v1.launch.processes import living
+from disagg_prefill_lmcache_v1.launch.processes import living, lookup
 from disagg_prefill_lmcache_v1.launch.setup import build_model, set_up_python, set_up_redis
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor, Target
 
@@ -105,11 +105,8 @@ class Instance:
 
     def check_engines(self) -> None:
         """Raises Failure when a process of the engine has died."""
-        if not self._engines:
-            return
-        alive = {row.pid for row in living()}
         for pid, title in self._engines.items():
-            if pid not in alive:
+            if lookup(pid) is None:
                 raise Failure(f"{title} of the {self.role} instance has died", self.child.log)
 
 

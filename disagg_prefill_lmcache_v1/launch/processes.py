@@ -47,15 +47,21 @@ class Process:
         return "multiprocessing.resource_tracker" in self.title()
 
 
+def lookup(pid: int) -> Process | None:
+    """A process that lives. Zombies do not: in a container nothing may ever collect them."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, parent, group = stat.rpartition(")")[2].split()[:3]
+        if state not in "ZX":
+            return Process(pid, int(parent), int(group))
+    return None
+
+
 def living() -> Iterator[Process]:
-    """All processes but zombies: in a container nothing may ever collect those."""
+    """All processes that live."""
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                stat = Path(entry.path, "stat").read_text(errors="replace")
-                state, parent, group = stat.rpartition(")")[2].split()[:3]
-                if state not in "ZX":
-                    yield Process(int(entry.name), int(parent), int(group))
+        if entry.name.isdigit() and (row := lookup(int(entry.name))):
+            yield row
 
 
 class Machine:
@@ -131,6 +137,28 @@ class Machine:
         return ports.port_is_ours(port, [pid, *(row.pid for row in self.members({pid}))])
 
     @contextlib.contextmanager
+    def guard(self, end: Callable[[set[int]], None]) -> Iterator[Callable[[int], None]]:
+        """A process that calls ``end`` with the groups that it was told of when this one is killed before the exit.
+
+        Yields the function that tells it of a group. It holds no file of this process open.
+        """
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _await_orphans(read_end, end)
+            finally:
+                os._exit(0)
+        os.close(read_end)
+        try:
+            yield lambda group: _write(write_end, f"{group}\n")
+        finally:
+            _write(write_end, "end\n")
+            os.close(write_end)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+    @contextlib.contextmanager
     def ending_signals(self, notice: Callable[[int], None]) -> Iterator[None]:
         """Calls ``notice`` for each signal that asks this process to end.
 
@@ -145,6 +173,28 @@ class Machine:
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _await_orphans(pipe: int, end: Callable[[set[int]], None]) -> None:
+    """The guard's life, in a process of its own."""
+    os.setsid()
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, pipe}:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    with os.fdopen(pipe) as lines:
+        words = lines.read().split()
+    if "end" not in words:
+        end({int(word) for word in words})
+
+
+def _write(pipe: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard
+        os.write(pipe, text.encode())
 
 
 def _end_with(parent: int) -> Callable[[], None]:

@@ -87,10 +87,12 @@ class Supervisor:
         self._children: list[Child] = []  # the living, in the order of their start
         self._groups: set[int] = set()
         self._signal: int | None = None
-        self._signals = contextlib.ExitStack()
+        self._tell_guard: Callable[[int], None] = lambda group: None
+        self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Supervisor:
-        self._signals.enter_context(self.machine.ending_signals(self._notice))
+        self._exits.enter_context(self.machine.ending_signals(self._notice))
+        self._tell_guard = self._exits.enter_context(self.machine.guard(self._end_orphans))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -101,13 +103,18 @@ class Supervisor:
                     CONSOLE.report(error)
         finally:
             self.stop()
-            self._signals.close()
+            self._exits.close()
         if kind is None and interrupted is not None:
             raise Interrupted(interrupted)
 
     def _notice(self, number: int) -> None:
         if self._signal is None:
             self._signal = number
+
+    def _end_orphans(self, groups: set[int]) -> None:
+        """What the guard does after this process was killed."""
+        self._children, self._groups = [], groups
+        self.stop()
 
     # --- one round
 
@@ -126,6 +133,7 @@ class Supervisor:
         child = Child(name, process, log)
         self._children.append(child)
         self._groups.add(child.pid)
+        self._tell_guard(child.pid)
         return child
 
     def release(self, child: Child) -> None:

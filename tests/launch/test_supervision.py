@@ -17,9 +17,10 @@ import pytest
 from launch_harness import free_ports, wait_until
 
 from disagg_prefill_lmcache_v1.launch.messages import Failure, Interrupted
-from disagg_prefill_lmcache_v1.launch.processes import MARK, Machine, living
+from disagg_prefill_lmcache_v1.launch.processes import MARK, Machine, living, lookup
 from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor, Target
 
+ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 20.0
 PORTS = {"kv-server": 8300, "prefiller": 8100, "decoder": 8200, "proxy": 8000}
 
@@ -118,6 +119,10 @@ class FakeMachine:
 
     def is_ours(self, port: int, pid: int) -> bool:
         return port not in self.foreign_ports
+
+    @contextlib.contextmanager
+    def guard(self, end: Callable[[set[int]], None]) -> Iterator[Callable[[int], None]]:
+        yield lambda group: None
 
     @contextlib.contextmanager
     def ending_signals(self, notice: Callable[[int], None]) -> Iterator[None]:
@@ -371,7 +376,7 @@ from disagg_prefill_lmcache_v1.launch.messages import exit_status
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
 
 def main():
-    with Supervisor(grace_s=5) as supervisor:
+    with Supervisor(grace_s={grace_s}) as supervisor:
         child = supervisor.start("child", [sys.executable, "-c", {child!r}], os.environ, None)
         print(child.pid, flush=True)
         while True:
@@ -384,8 +389,8 @@ raise SystemExit(exit_status(main))
 @pytest.fixture
 def parent() -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        python(PARENT.format(child=SLEEP)),
-        cwd=Path(__file__).resolve().parents[2],
+        python(PARENT.format(child=SLEEP, grace_s=5)),
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does with what it starts by &
@@ -409,6 +414,41 @@ def test_a_child_ends_with_a_launcher_that_is_killed(parent: subprocess.Popen[st
     parent.kill()
     parent.wait(20)
     wait_until(lambda: child not in {row.pid for row in living()}, "the child is gone", 10)
+
+
+STUBBORN_FAMILY = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], env={{}})
+{SLEEP}
+"""
+
+
+def test_all_ends_with_a_launcher_that_is_killed_though_it_ignores_term() -> None:
+    with subprocess.Popen(
+        python(PARENT.format(child=STUBBORN_FAMILY, grace_s=0.5)), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        pids = [int(process.stdout.readline())]  # and the two that are below it
+        assert process.stdout.readline() == process.stdout.readline() == "up\n"
+        pids += [row.pid for row in living() if row.parent == pids[0]]
+        assert len(pids) == 3
+        process.kill()
+    wait_until(lambda: not set(pids) & {row.pid for row in living()}, "all are gone", 20)
+
+
+def test_the_guard_holds_nothing_open_and_ends_with_the_supervisor() -> None:
+    def open_files(pid: int) -> int:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+    before = {row.pid for row in living() if row.parent == os.getpid()}
+    with Supervisor(grace_s=1):
+        (guard,) = {row.pid for row in living() if row.parent == os.getpid()} - before
+        wait_until(lambda: open_files(guard) == 4, "the three standard ones and its pipe")
+        os.kill(guard, signal.SIGTERM)  # which it ignores: it is this process that is to end
+        assert lookup(guard)
+    assert not Path(f"/proc/{guard}").exists()
 
 
 def test_signal_handlers_are_put_back() -> None:
