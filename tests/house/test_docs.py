@@ -74,6 +74,16 @@ def test_every_module_with_settings_has_its_table() -> None:
     assert tables.fill("<!-- table measure.settings:Settings X_ -->\n<!-- end -->").count("`X_SEED`") == 1
 
 
+def test_every_message_of_troubleshooting_can_be_said() -> None:
+    """All parts between the dots stand in the code, except for what others say."""
+    others = {"HTTP 401", "operator torchvision::nms does not exist"}
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    messages = re.findall(r"^\| `([^`]+)`", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 8
+    parts = [part.strip() for message in messages if message not in others for part in re.split("…", message)]
+    assert [part for part in parts if part not in source] == []
+
+
 def test_every_function_on_the_way_of_a_request_is_there() -> None:
     page = (ROOT / "docs/how-a-request-travels.md").read_text()
     hops = re.findall(r"^\| (\d+) \| `(\S+)` \| `(\S+)` \|", page, re.MULTILINE)
