@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 pytest.importorskip("lmcache", reason="LMCache is not installed: its keys are what is tested")
 pytest.importorskip("vllm", reason="vLLM is not installed: its requests are what is tested")
 
+from hostile_params import HOSTILE
 from lmcache.integration.vllm.vllm_v1_adapter import LMCacheConnectorV1Impl, extract_request_configs
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
@@ -246,22 +246,6 @@ def test_a_second_look_changes_nothing():
 
 
 # what clients send
-
-HOSTILE = [
-    {"disagg_spec": {}},
-    {"disagg_spec": {"receiver_host": 1, "receiver_init_port": 2}},
-    {"ret_first_tok": True},
-    {"lmcache.tag.r": "a@b"},
-    {"lmcache.tag.r": "x" * 5000},
-    {"lmcache.tag.id": "0" * 32},
-    {"lmcache.tag.": ["a", {"b": None}]},
-    {"lmcache.mm": 7, "lmcache.skip_save": "yes"},
-    {"do_remote_prefill": True, "remote_engine_id": os.sep},
-    "disagg_spec",
-    "ret_first_tok",
-    ["disagg_spec", "ret_first_tok"],
-    5,
-]
 
 
 @pytest.mark.parametrize("params", HOSTILE, ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 
 import lora_adapter
 import pytest
@@ -16,8 +17,11 @@ from launch_harness import REPOSITORY
 pytest.importorskip("vllm", reason="vLLM is not installed: the real engine is what is tested")
 pytest.importorskip("lmcache", reason="LMCache is not installed: the real engine is what is tested")
 
+import torch
 from engine_runs import run_engine
+from hostile_params import HOSTILE
 from kv_stores import Server
+from safetensors.torch import load_file, save_file
 
 from disagg_prefill_lmcache_v1.measure import tiny_model
 
@@ -31,7 +35,7 @@ def ids(rng, count):
 
 def alone(request):
     """The same request, computed: nobody else has its salt."""
-    return {**request, "salt": f"alone {next(_alone)}"}
+    return {**request, "salt": f"alone {next(_alone)}", "params": {"lmcache.skip_save": True}}
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,82 @@ def test_salts_share_nothing_and_each_reuses_its_own(model, store, tmp_path):
     assert [step.requests[0].cached for step in (again_a, again_b)] == [699, 699]
     assert min(again_a.loaded, again_b.loaded) >= 699
     assert len({tuple(step.requests[0].tokens) for step in (a, b, plain, again_a, again_b)}) == 1
+
+
+def test_new_weights_on_a_kept_store_take_nothing(model, store, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    prompts = [{"prompt": ids(random.Random(3), n)} for n in (300, 700)]
+    steps = [[prompt] for prompt in prompts]
+    before = run_engine(folder, store, steps, tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    noise = torch.Generator().manual_seed(7)
+    for name, tensor in tensors.items():
+        if "layers" in name and tensor.dim() == 2:
+            tensor += 0.1 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = run_engine(folder, store, [*steps, "reset", *steps, "reset", [alone(p) for p in prompts]], tmp_path)
+    new, again, (computed,) = after[:2], after[2:4], after[4:]
+    assert [step.loaded for step in new] == [0, 0]
+    assert [step.requests[0].cached for step in again] == [299, 699]
+    for i, request in enumerate(computed.requests):
+        assert new[i].requests[0].tokens == again[i].requests[0].tokens == request.tokens
+        assert before[i].requests[0].tokens != request.tokens, "weights that change nothing prove nothing"
+
+
+def test_what_clients_send_ends_nothing(model, store, tmp_path):
+    prompt = ids(random.Random(4), 300)
+    requests = [{"prompt": [*prompt[:-1], 300 + i], "params": params} for i, params in enumerate(HOSTILE)]
+    computed = [alone(request) for request in requests]
+    first, second, expected = run_engine(model, store, [requests, "reset", requests, "reset", computed], tmp_path)
+    assert [r.tokens for r in first.requests] == [r.tokens for r in expected.requests]
+    assert [r.tokens for r in second.requests] == [r.tokens for r in expected.requests]
+    assert first.states.count("failed") == second.states.count("failed") == 0
+
+
+BORDERS = (1, 31, 32, 33, 64, 127, 128, 129, 200, 255, 256, 257, 288, 300, 383, 384, 385, 511, 512, 513, 600)
+
+
+def test_prefixes_that_end_anywhere(model, store, tmp_path):
+    """A prompt shares a beginning with another: what of it vLLM's own cache has, and what the store has, ends anywhere.
+
+    LMCache does not store part-filled chunks by default, for a corruption where vLLM's cache ends inside one.
+    """
+    rng = random.Random(5)
+    base, steps, asked = ids(rng, 700), [], []
+
+    def ask(name, prompt, **more):
+        steps.append([{"prompt": prompt, **more}])
+        asked.append((name, prompt))
+
+    ask("the prompt that is shared", base)
+    for k in BORDERS:
+        longer, alike = base[:k] + ids(rng, 61), base[:k] + ids(rng, 150)
+        steps.append("reset")
+        ask(f"{k} of a longer one in the store", longer)
+        ask(f"{k} in both, the rest nowhere", alike)
+        steps.append("reset")
+        ask(f"the first {k} are asked for", [*base[:k], 7])
+        ask(f"{k} in the cache, all in the store", longer)
+        ask(f"{k} in the cache, all of the first in the store", base)
+        steps.append("reset")
+        fresh = ids(rng, 640)
+        ask(f"{k} stored as a whole prompt", [*fresh[:k], 7])
+        steps.append("reset")
+        ask(f"{k}, then more, in the store", [*fresh[:k], 7, *fresh[k:]])
+        steps.append("reset")
+        apart = ids(rng, 640)
+        ask(f"{k} in the cache alone", [*apart[:k], 7], params={"lmcache.skip_save": True})
+        ask(f"{k} in the cache alone, stored with the rest", [*apart[:k], 7, *apart[k:]])
+        steps.append("reset")
+        ask(f"what was stored from cache and step, {k}", [*apart[:k], 7, *apart[k:]])
+    expected = [[alone({"prompt": prompt}) for _, prompt in asked[i : i + 8]] for i in range(0, len(asked), 8)]
+    answers = run_engine(model, store, [*steps, *expected], tmp_path)
+    right = [request.tokens for step in answers[len(asked) :] for request in step.requests]
+    told = list(zip(asked, answers, strict=False))
+    wrong = [name for ((name, _), step), tokens in zip(told, right, strict=True) if step.requests[0].tokens != tokens]
+    assert wrong == []
+    reused = {name: step.requests[0].cached for (name, _), step in told}
+    assert all(reused[f"what was stored from cache and step, {k}"] == 640 for k in BORDERS)
+    assert all(reused[f"{k} in the cache, all in the store"] == k + 60 for k in BORDERS)
