@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from lmcache.v1.metadata import LMCacheMetadata
 from disagg_prefill_lmcache_v1.kv.stores import registry
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
+LM_SERVER = "disagg_prefill_lmcache_v1.kv.stores.lm_server"
 
 
 class Staging:
@@ -56,15 +58,14 @@ def chunk(staging, tokens=CHUNK):
 class Server:
     """A real store on a port of its own, that can be killed and started again."""
 
-    def __init__(self, kind, size="64mb"):
-        self.kind, self.port, self.size = kind, free_ports(1)[0], size
+    def __init__(self, kind, size="64mb", module=None):
+        self.kind, self.port, self.size, self.module = kind, free_ports(1)[0], size, module
         self.url = f"{kind}://127.0.0.1:{self.port}"
         self.start()
 
     def start(self):
         if self.kind == "lm":
-            # SO_REUSEADDR as the kernel default is not to be had: the restart must not wait for TIME_WAIT
-            command = [sys.executable, "-c", REUSING_SERVER, "127.0.0.1", str(self.port)]
+            command = [sys.executable, "-m", self.module or LM_SERVER, "127.0.0.1", str(self.port)]
         elif self.kind == "nixl":
             command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
         elif self.kind == "shm":
@@ -72,7 +73,10 @@ class Server:
             command += ["127.0.0.1", str(self.port), "--size", self.size]
         else:
             command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "KV_LM_SIZE": self.size},
+        )  # fmt: skip
         wait_until(self.answers, f"{self.kind} store answers")
 
     def answers(self):
@@ -84,18 +88,6 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
-
-
-REUSING_SERVER = """
-import socket, sys
-class Reusing(socket.socket):
-    def bind(self, address):
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        super().bind(address)
-import lmcache.v1.server.__main__ as server
-server.socket.socket = Reusing
-server.main()
-"""
 
 
 class Client:

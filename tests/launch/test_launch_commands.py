@@ -48,7 +48,13 @@ def test_cpu_runs_the_built_model_through_the_module(launch: Launch) -> None:
     assert list(commands) == ["model", "kv-server", "prefiller", "decoder", "proxy", "load"]
     model = str(REPOSITORY / ".models" / "tiny-llama")
     assert commands["model"][1][-2:] == ["--output", model]
-    assert commands["kv-server"][1] == [python, "-m", "lmcache.v1.server", "127.0.0.1", "8300"]
+    assert commands["kv-server"][1] == [
+        python,
+        "-m",
+        "disagg_prefill_lmcache_v1.kv.stores.lm_server",
+        "127.0.0.1",
+        "8300",
+    ]
     environment, words = commands["prefiller"]
     assert words[:5] == [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     assert option(words, "--served-model-name") == "tiny-llama"

@@ -17,7 +17,15 @@ class Lm(Backend):
     schemes: ClassVar[tuple[str, ...]] = ("lm",)
     program_variable: ClassVar[str] = "KV_SERVER_PROGRAM"
 
-    kv_server_program: str = setting("{python} -m lmcache.v1.server", "words that start LMCache's server", flag=False)
+    kv_server_program: str = setting(
+        "{python} -m disagg_prefill_lmcache_v1.kv.stores.lm_server", "words that start the lm:// server", flag=False
+    )
+    kv_lm_size: str = setting(
+        "",
+        "memory of the lm:// server; then it forgets what was not used for longest",
+        flag=False,
+        shown="4/5 of what is free",
+    )
 
     def server(self) -> list[str]:
         return [*self.kv_server_program.split(), self.host, str(self.port)]
