@@ -137,7 +137,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         self.on_new_request(request)  # a vLLM that does not call it, a session that goes on
         found, _ = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        return self._scheduler.matched(request, found)
+        return self._scheduler.matched(request, num_computed_tokens, found)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)

@@ -81,7 +81,7 @@ class LoadScheduler:
 
     def __init__(self, policy: LoadPolicy, ranks: int = 1) -> None:
         self.policy = policy
-        self._ranks = ranks
+        self.ranks = ranks
         self._choices: dict[str, LoadChoice] = {}
         self._counted: set[str] = set()
         self._released: list[str] = []
@@ -142,7 +142,7 @@ class LoadScheduler:
         if step.compute_tokens < MEASURED_FROM:
             step.compute_tokens = 0
         else:
-            _put(self._steps, step.number, parts)
+            put_bounded(self._steps, step.number, parts)
         return step
 
     def observe(self, measured: Mapping[str, Mapping[Any, list[float]]]) -> None:
@@ -155,8 +155,8 @@ class LoadScheduler:
         for kind in ("step_times", "load_times"):
             for key, values in measured.get(kind, {}).items():
                 seen = merge(self._pending.pop((kind, key), None), values)
-                if seen[1] < self._ranks:
-                    _put(self._pending, (kind, key), seen)
+                if seen[1] < self.ranks:
+                    put_bounded(self._pending, (kind, key), seen)
                 elif kind == "step_times":
                     self._computed(self._steps.pop(key, []), seen[0])
                 else:
@@ -188,7 +188,7 @@ def merge(old: list[float] | None, new: list[float]) -> list[float]:
     return [max(old[0], new[0]), old[1] + new[1], *(min(a, b) for a, b in zip(old[2:], new[2:], strict=True))]
 
 
-def _put(pending: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+def put_bounded(pending: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     """A worker that never reports must not fill the memory."""
     pending[key] = value
     if len(pending) > MOST_PENDING:

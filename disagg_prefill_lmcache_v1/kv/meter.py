@@ -21,7 +21,7 @@ from disagg_prefill_lmcache_v1.kv.load_scheduler import TOTALS, StepMetadata, me
 
 logger = init_logger(__name__)
 
-MEASURED = ("step_times", "load_times")
+MEASURED = ("step_times", "load_times", "used_tokens")
 NAMES = {
     "loads": "disagg_kv_load_decisions",
     "recomputes": "disagg_kv_load_decisions",
@@ -145,7 +145,8 @@ class Meter:
         self._step: StepMetadata | None = None
         self._begin: Any = None
         self._step_loads: list[tuple[Any, Any]] = []
-        self._beside: deque[tuple[str, list[float]]] = deque()  # other threads add to it
+        self._beside: deque[tuple[str, list[float]]] = deque()  # other threads add to these two
+        self._used: deque[tuple[str, int]] = deque()
         # kind, key, tokens, (begin, end), marks of loads in between
         self._open: deque[tuple[str, Any, int, tuple[Any, Any], list[tuple[Any, Any]]]] = deque()
 
@@ -171,6 +172,10 @@ class Meter:
         if self._clock is not None:
             self._beside.append((f"{step}:{request_id}", [seconds, 1, tokens]))
 
+    def used(self, request_id: str, tokens: int) -> None:
+        """Of a load that has ended: ``tokens`` that vLLM goes on with (see reuse.used_tokens)."""
+        self._used.append((request_id, tokens))
+
     def step_end(self) -> None:
         """The forward pass is over (on a card: has been handed over)."""
         if self._clock is not None and self._step is not None and self._begin is not None:
@@ -181,6 +186,9 @@ class Meter:
     def take(self) -> LoadStats | None:
         """What is known by now; None when that is nothing."""
         data: dict[str, dict[Any, list[float]]] = {}
+        while self._used:
+            request_id, tokens = self._used.popleft()
+            data.setdefault("used_tokens", {})[request_id] = [0.0, 1, tokens]
         while self._beside:
             key, measured = self._beside.popleft()
             data.setdefault("load_times", {})[key] = measured

@@ -30,6 +30,7 @@ from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats, Meter
 from disagg_prefill_lmcache_v1.kv.mp_client import GuardedWorker, PatientClient
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
+from disagg_prefill_lmcache_v1.kv.reuse import ReuseAccount
 from disagg_prefill_lmcache_v1.kv.settings import from_environment
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 
@@ -90,6 +91,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         else:
             self._idle = True
             self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
+            self._reuse = ReuseAccount(self._announcer, self._ranks)
             self._load_scheduler = LoadScheduler(LoadPolicy(from_environment().load), self._ranks)
             adapter = self.scheduler_adapter
             self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
@@ -124,13 +126,14 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._guard.watch_transfers()
         sent, received = super().get_finished(finished_req_ids)
-        times = {}
+        times, used = {}, {}
         for request_id in received or ():
             if request_id in self._loads:
                 name, begin, tokens, blocks = self._loads.pop(request_id)
                 complete = blocks.isdisjoint(self.worker_adapter.error_block_ids)
                 times[name] = [time.perf_counter() - begin, 1, tokens if complete else 0]
-        self._load_stats = LoadStats(data={"load_times": times}) if times else None
+                used[request_id] = [0.0, 1, tokens if complete else 0]
+        self._load_stats = LoadStats(data={"load_times": times, "used_tokens": used}) if times else None
         return sent, received
 
     def shutdown(self) -> None:
@@ -166,6 +169,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         stats = connector_output.kv_connector_stats
         if self._load_scheduler and isinstance(stats, LoadStats):
             self._load_scheduler.observe(stats.data)
+            self._reuse.loaded(stats.data.get("used_tokens", {}))
             connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
         super().update_connector_output(connector_output)
 
@@ -189,6 +193,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             found, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
             if found is None:
                 time.sleep(_POLL_S)  # the server is still looking
+        self._reuse.looked_up(name, num_computed_tokens)
         if not found or self._load_scheduler is None or self._load_scheduler.choose(name, found):
             return found, asynchronous
         return 0, False  # LMCache gives the locks back in update_state_after_alloc
@@ -198,6 +203,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         name = request.request_id
         if self._load_scheduler:
             self._load_scheduler.scheduled(name, num_external_tokens)
+            self._reuse.scheduled(name, num_external_tokens)
             if not num_external_tokens and not self._load_scheduler.choose(name, 0):
                 self.request_trackers[name].num_lmcache_hit_tokens = 0  # not loaded: LMCache counts it as computed
 
@@ -205,6 +211,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         name = request.request_id
         if self._load_scheduler:
             self._load_scheduler.finished(name)
+            self._reuse.finished(name)
         for client in self._clients:
             client.forget(name)
         tracker = self.request_trackers.get(name)

@@ -16,6 +16,7 @@ from disagg_prefill_lmcache_v1.kv import patches
 from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, LoadScheduler
 from disagg_prefill_lmcache_v1.kv.meter import LoadStats
+from disagg_prefill_lmcache_v1.kv.reuse import ReuseAccount
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 
 logger = init_logger(__name__)
@@ -36,14 +37,17 @@ class DisaggScheduler:
         self._role = role
         self.loads = loads
         self.identities = Identities()
+        self._reuse = ReuseAccount(announcer, loads.ranks) if role != "kv_producer" else None
         self._announcer = announcer
         self._async_load = async_load
         self._begun: list[LoadRequest] = []  # to be told to the workers with the next step
         self._loading: dict[str, LoadRequest] = {}
         self._failed: set[str] = set()  # requests of which a load has failed: they are computed
 
-    def matched(self, request: Any, found: int | None) -> tuple[int | None, bool]:
-        """What to tell vLLM of ``found`` tokens that the store has beyond those that vLLM has."""
+    def matched(self, request: Any, cached: int, found: int | None) -> tuple[int | None, bool]:
+        """What to tell vLLM of ``found`` tokens that the store has beyond the ``cached`` that vLLM has."""
+        if self._reuse:
+            self._reuse.looked_up(request.request_id, cached)
         if not found:
             return found, False
         request_id = request.request_id
@@ -57,6 +61,8 @@ class DisaggScheduler:
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """The request has its blocks, and ``external_tokens`` of it are to be loaded."""
         self.loads.scheduled(request.request_id, external_tokens)
+        if self._reuse:
+            self._reuse.scheduled(request.request_id, external_tokens)
         if not external_tokens or not self._async_load:
             return
         spec = self._impl.load_specs[request.request_id]
@@ -79,6 +85,8 @@ class DisaggScheduler:
         stats = output.kv_connector_stats
         if isinstance(stats, LoadStats):
             self.loads.observe(stats.data)
+            if self._reuse:
+                self._reuse.loaded(stats.data.get("used_tokens", {}))
             output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
         if output.invalid_block_ids and self._loading:
             for load in self._loading.values():
@@ -89,6 +97,8 @@ class DisaggScheduler:
 
     def finished(self, request_id: str) -> None:
         self.loads.finished(request_id)
+        if self._reuse:
+            self._reuse.finished(request_id)
         self._failed.discard(request_id)
         self._loading.pop(request_id, None)
         self._impl.load_specs.pop(request_id, None)

@@ -39,7 +39,7 @@ from disagg_prefill_lmcache_v1.kv.settings import from_environment
 
 # vLLM puts one of these before the X-Request-Id of a request (completions, chat and messages, responses)
 _ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
-_GENERATING = frozenset(
+GENERATING = frozenset(
     ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages")
 )
 _RECEIVE_BUFFER = 4 << 20  # bytes; a datagram is about 150
@@ -87,6 +87,10 @@ class Announcer:
         """
         message = {"id": request_id, "rank": rank, "ranks": ranks, "state": state, "reason": reason[:200]}
         self._send({**message, "ms": transfer_ms})
+
+    def reused(self, request_id: str, tokens: int) -> None:
+        """``tokens`` of the request's prompt were not computed (see reuse.py)."""
+        self._send({"id": request_id, "reused": tokens})
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._socket is not None:
@@ -144,6 +148,9 @@ class Visibility:
         else:
             self.complete.set()
 
+    def reused(self, request_id: str, tokens: int) -> None:
+        """Nothing that is waited for here."""
+
 
 class Listener:
     """Reads the datagrams and hands each to the HTTP request whose id it carries.
@@ -161,9 +168,9 @@ class Listener:
         self._states: dict[Visibility, MutableMapping[str, Any]] = {}
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.drain)
 
-    def watch(self, token: str, state: MutableMapping[str, Any] | None = None) -> Visibility:
-        """What will be said about the request with this X-Request-Id and this ASGI state."""
-        visibility = Visibility()
+    def watch(self, token: str, state: MutableMapping[str, Any] | None = None, watcher: Any = None) -> Any:
+        """A Visibility, or ``watcher``, that hears of the request with this X-Request-Id and this ASGI state."""
+        visibility = Visibility() if watcher is None else watcher
         if state is not None:
             self._states[visibility] = state
         self._waiting.setdefault(token, []).append(visibility)
@@ -192,6 +199,9 @@ class Listener:
         return found
 
     def _find_token(self, request_id: str) -> list[Visibility]:
+        choice, _, rest = request_id.partition("_")
+        if choice.isdecimal():  # one of several choices: vLLM puts its number first
+            request_id = rest
         for prefix in _ID_PREFIXES:
             if request_id.startswith(prefix):
                 request_id = request_id[len(prefix) :]
@@ -217,6 +227,8 @@ class Listener:
                     if "state" in message:
                         fields = (message[name] for name in ("id", "rank", "ranks", "state", "reason", "ms"))
                         visibility.end(*fields)
+                    elif "reused" in message:
+                        visibility.reused(message["id"], message["reused"])
                     else:
                         visibility.begin(message["id"])
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -225,6 +237,16 @@ class Listener:
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
+
+
+def with_request_id(scope: Message) -> tuple[Message, str]:
+    """The ASGI scope with an X-Request-Id, made up where there is none, and that id."""
+    token = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id" and v), "")
+    if token:
+        return scope, token
+    token = uuid.uuid4().hex
+    headers = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
+    return {**scope, "headers": [*headers, (b"x-request-id", token.encode())]}, token
 
 
 class HoldUntilVisible:
@@ -237,7 +259,7 @@ class HoldUntilVisible:
         self._listener: Listener | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if not self._name or scope["type"] != "http" or scope["path"] not in _GENERATING:
+        if not self._name or scope["type"] != "http" or scope["path"] not in GENERATING:
             await self._app(scope, receive, send)
             return
         if (b"x-kv-hold", b"off") in scope["headers"]:
@@ -245,11 +267,7 @@ class HoldUntilVisible:
             return
         if self._listener is None:
             self._listener = Listener(self._name)
-        token = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id" and v), "")
-        if not token:
-            token = uuid.uuid4().hex
-            headers = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
-            scope = {**scope, "headers": [*headers, (b"x-request-id", token.encode())]}
+        scope, token = with_request_id(scope)
         visibility = self._listener.watch(token, scope.setdefault("state", {}))
         hold = _Hold(send, self._listener, visibility, self._timeout_s)
         try:

@@ -17,6 +17,7 @@ from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, StepMetadat
 from disagg_prefill_lmcache_v1.kv.loader import BackgroundLoader
 from disagg_prefill_lmcache_v1.kv.meter import Meter
 from disagg_prefill_lmcache_v1.kv.put_tracker import PutTracker
+from disagg_prefill_lmcache_v1.kv.reuse import used_tokens
 from disagg_prefill_lmcache_v1.kv.settings import KVSettings
 from disagg_prefill_lmcache_v1.kv.stores.base import Store
 from disagg_prefill_lmcache_v1.kv.support import choose_copy, one_store_only
@@ -127,9 +128,10 @@ class DisaggWorker:
                 cached, configs = spec.vllm_cached_tokens, request.request_configs
                 slots = slots[: spec.lmcache_cached_tokens]
                 missing = self.load(request.req_id, tokens, slots, cached, configs)
-                failed = slots[missing] // self._block_size
                 if len(tokens) < spec.lmcache_cached_tokens:  # the rest has no slots here: all of it is computed
-                    failed = slots // self._block_size
+                    missing[:] = True
+                failed = slots[missing] // self._block_size
+                self.meter.used(request.req_id, used_tokens(missing, cached, self._block_size))
                 self.failed_blocks.update(failed.unique().tolist())
                 self.meter.load_end(begin, request.req_id, 0 if len(failed) else len(tokens) - cached)
         if self._step is not None and self._step.loads:
@@ -152,6 +154,7 @@ class DisaggWorker:
         missing = self.load(
             load.request_id, load.token_ids, slots.view(-1)[: load.end], load.cached, load.request_configs
         )
+        self.meter.used(load.request_id, used_tokens(missing, load.cached, self._block_size))
         tokens = 0 if bool(missing.any()) else load.end - load.cached
         self.meter.loaded(load.request_id, load.step, tokens, time.perf_counter() - begin)
         return {load.block_ids[position // self._block_size] for position in missing.nonzero().view(-1).tolist()}

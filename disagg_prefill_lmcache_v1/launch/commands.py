@@ -18,7 +18,7 @@ VLLM_PROGRAMS = {"module": "{python} -m vllm.entrypoints.openai.api_server --mod
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer"}
 SERVER_ARGUMENTS = {
     "prefiller": ("--middleware", "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible"),
-    "decoder": (),
+    "decoder": ("--middleware", "disagg_prefill_lmcache_v1.kv.reuse.TellReuse"),
 }
 
 
@@ -84,8 +84,7 @@ def vllm_server(plan: Plan[Settings], role: str) -> Command:
     words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, f"{role}-{port}")]
     words += [*SERVER_ARGUMENTS[role], *plan.configuration.vllm_arguments]
     environment = engine_environment(plan, role)
-    if role == "prefiller":
-        environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
+    environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
     # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
     return Command(role, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
 

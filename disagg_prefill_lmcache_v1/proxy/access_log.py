@@ -51,7 +51,8 @@ class AccessLog:
         if request.ttft_s >= 0:
             text += f',"ttft_ms":{request.ttft_s * 1000:.1f}'
         if request.prompt_tokens >= 0:
-            text += f',"prompt_tokens":{request.prompt_tokens},"reused_tokens":{request.cached_tokens}'
+            text += f',"prompt_tokens":{request.prompt_tokens},"reused_tokens":{request.reused_tokens}'
+            text += f',"cached_tokens":{request.cached_tokens}'
         if request.error_detail:
             text += f',"error":"{_escaped(request.error_detail)}"'
         self._lines.append(f'{text},"bytes":{request.sent}}}\n')

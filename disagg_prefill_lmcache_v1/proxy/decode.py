@@ -15,7 +15,7 @@ from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
-from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter
+from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter, told_reuse
 
 _STATUS = {"timeout": 504, "protocol": 502}
 # What a client is told; the log tells which server it was and what the system said.
@@ -59,6 +59,7 @@ class DecodeStage:
                 response = await self._ask(upstream, request, body)
                 upstream.note_answer()
                 request.decode_s = time.perf_counter() - begin
+                request.reused_tokens = told_reuse(response.headers)
                 if self._may_be_known_elsewhere(request, response, upstream, tried):
                     continue
                 if response.complete and not response.event_stream:

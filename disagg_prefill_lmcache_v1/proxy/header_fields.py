@@ -17,8 +17,11 @@ _HOP_BY_HOP = frozenset(
 _NOT_SENT_ON = _HOP_BY_HOP | {b"host", b"expect", b"http2-settings", b"x-request-id"}
 _INTERNAL = b"x-kv-"  # between the proxy and its servers; a client's are dropped
 _LOCATIONS = (b"location", b"content-location")
+# The decode server's: prompt tokens that it had, or that its workers have really loaded.
+REUSED_TOKENS = b"x-kv-reused-tokens"
 _NOT_SENT_BACK = _HOP_BY_HOP | {
     *_LOCATIONS,
+    REUSED_TOKENS,
     b"x-request-id",
     b"x-kv-state",
     b"x-kv-wait-ms",
@@ -140,6 +143,8 @@ def own_lines(request: RequestContext) -> bytes:
             text += f"x-kv-wait-ms: {request.kv_wait_ms:.1f}\r\n"
         if request.kv_transfer_ms >= 0:
             text += f"x-kv-transfer-ms: {request.kv_transfer_ms:.1f}\r\n"
+    if request.reused_tokens >= 0:
+        text += f"x-reused-tokens: {request.reused_tokens}\r\n"
     return text.encode()
 
 

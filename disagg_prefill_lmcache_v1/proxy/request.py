@@ -27,6 +27,7 @@ class RequestContext:
         "prefiller",
         "prompt_tokens",
         "request_id",
+        "reused_tokens",
         "route",
         "sent",
         "stage",
@@ -56,7 +57,7 @@ class RequestContext:
         self.prefill_s = self.decode_s = self.ttft_s = -1.0
         self.kv_state = ""
         self.kv_wait_ms = self.kv_transfer_ms = -1.0
-        self.prompt_tokens = self.cached_tokens = -1
+        self.prompt_tokens = self.cached_tokens = self.reused_tokens = -1
         self.prefiller = self.decoder = ""
         self.sent = 0  # bytes of the answer's body
         self.event_stream = False

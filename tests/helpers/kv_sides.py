@@ -37,6 +37,9 @@ class Heard:
     def end(self, request_id, rank, ranks, state, reason="", transfer_ms=0.0):
         self.said.append(("end", request_id, state, reason))
 
+    def reused(self, request_id, tokens):
+        self.said.append(("reused", request_id, tokens))
+
 
 def make_worker(engine, device="cpu"):
     """A worker whose engine's ``retrieve`` is what loads; no store of ours."""

@@ -11,6 +11,7 @@ server by ``--behave`` in the same form:
   cut=N          close the connection after N parts of the stream (0: before the answer)
   hang=N         stop sending after N parts, keep the connection
   kv=STATE       x-kv-state header of the answer    kv_wait=MS
+  told=TEXT      x-kv-reused-tokens header of the answer
   split=N        write the stream in pieces of N bytes
   close=1        answer, then close the connection
 A key that begins with ``prefill.`` or ``decode.`` applies only to a server with that ``--role``.
@@ -172,6 +173,8 @@ class MockProtocol(asyncio.Protocol):
         if "kv" in behave or state.role == "prefill":
             wait = behave.get("kv_wait", "1.5")
             lines += f"x-kv-state: {behave.get('kv', 'stored')}\r\nx-kv-wait-ms: {wait}\r\n".encode()
+        if "told" in behave:
+            lines += f"x-kv-reused-tokens: {behave['told']}\r\n".encode()
         if "x-request-id" in headers:
             lines += f"x-request-id: {headers['x-request-id']}\r\n".encode()
         status = int(behave.get("status", 200))

@@ -33,6 +33,7 @@ class Announcements:
         os.environ["DISAGG_KV_VISIBILITY"] = f"@{name}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{name}")
+        self.reused: dict[str, int] = {}
 
     def take(self, count: int) -> list[str]:
         """States of ``count`` requests, when all have been said."""
@@ -41,6 +42,9 @@ class Announcements:
         while len(ended) < count or not begun <= ended.keys():
             self._socket.settimeout(ANNOUNCED_WITHIN_S)
             message = json.loads(self._socket.recv(4096))
+            if "reused" in message:
+                self.reused[message["id"]] = message["reused"]
+                continue
             if "state" not in message:
                 begun.add(message["id"])
                 continue

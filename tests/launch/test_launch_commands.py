@@ -89,10 +89,11 @@ def test_roles_differ_in_what_they_must(launch: Launch) -> None:
             "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": f"{role}-{port}"},
         }
         differences[role] = ({k for k in environment if k != "LMCACHE_REMOTE_URL"}, words)
-    assert differences["prefiller"][0] - differences["decoder"][0] == {"DISAGG_KV_VISIBILITY"}
+    assert differences["prefiller"][0] == differences["decoder"][0]
     assert "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible" in commands["prefiller"][1]
-    assert "--middleware" not in commands["decoder"][1]
+    assert option(commands["decoder"][1], "--middleware") == "disagg_prefill_lmcache_v1.kv.reuse.TellReuse"
     assert commands["prefiller"][0]["DISAGG_KV_VISIBILITY"].startswith("@disagg-kv-8100-")
+    assert commands["decoder"][0]["DISAGG_KV_VISIBILITY"].startswith("@disagg-kv-8200-")
 
 
 def test_hpu_has_the_reference_defaults(launch: Launch) -> None:

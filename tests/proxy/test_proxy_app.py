@@ -475,6 +475,27 @@ def test_tokens_of_messages_are_counted_with_the_cached_ones(plain: Stack) -> No
     assert metric(plain, "disagg_full_reuse_requests_total") == full
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_loaded_counts_not_what_vllm_calls_cached(stream: bool) -> None:
+    with stack() as made:
+        more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        told = {"x-request-id": "failed-load", "x-mock": "decode.told=2"}
+        response = post(made, COMPLETIONS, {"prompt": "hello", **more}, **told)
+        assert response.headers["x-reused-tokens"] == "2"
+        assert not [name for name in response.headers if name.startswith("x-kv-reused")]
+        line = made.proxy.access_line("failed-load")
+        assert (line["prompt_tokens"], line["reused_tokens"], line["cached_tokens"]) == (5, 2, 4)
+        assert metric(made, "disagg_reused_tokens_total") == 2
+        assert metric(made, "disagg_full_reuse_requests_total") == 0
+
+
+@pytest.mark.parametrize("told", ["-1", "many", "9" * 30, ""])
+def test_a_number_that_is_none_is_not_told(told: str) -> None:
+    with stack() as made:
+        response = post(made, COMPLETIONS, {"prompt": "hello"}, **{"x-mock": f"decode.told={told}"})
+        assert response.headers["x-reused-tokens"] == "4"
+
+
 def test_degraded_store_is_told_once() -> None:
     with stack() as made:
         for state in ("stored", "timeout", "failed", "timeout", "stored", "stored"):
