@@ -66,8 +66,7 @@ class DisaggScheduler:
         if not external_tokens or not self._async_load:
             return
         spec = self._impl.load_specs[request.request_id]
-        spec.can_load = False  # not once more, in the step that computes the rest
-        end = spec.vllm_cached_tokens + external_tokens
+        end = spec.vllm_cached_tokens + external_tokens  # of a prompt that the store has whole all but the last one
         (block_ids,) = blocks.get_block_ids()
         load = LoadRequest(
             request.request_id,

@@ -187,8 +187,9 @@ class SimulatedEngine:
         self.worker.step_begin(meta.step)
         self.worker.start_load(meta.requests)
         tokens = self._compute(output)
-        self.worker.forward_end()
-        self.worker.step_end([])
+        if tokens:  # vLLM 0.26 calls wait_for_save only then
+            self.worker.forward_end()
+            self.worker.step_end([])
         said = KVConnectorOutput(
             finished_recving=self.worker.take_finished() or None, invalid_block_ids=self.worker.take_failed_blocks(),
             kv_connector_stats=self.worker.meter.take(),

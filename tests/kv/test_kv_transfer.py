@@ -260,6 +260,45 @@ def test_several_at_once_do_not_mix(sides):
         assert torch.equal(kv_of(other.mover, there), kv)
 
 
+class Broken:
+    """A fetch that breaks off."""
+
+    def __init__(self, chunks, whole):
+        self.chunks, self.done, self.close = chunks, whole.done, whole.close
+
+    def __iter__(self):
+        return self.chunks
+
+
+def test_nothing_writes_to_the_kv_cache_after_a_load_has_failed(sides):
+    """Its blocks are computed again, or another request's, from then on."""
+    one, other = sides
+    tokens, here, there = prompt(), some_slots(one.mover), some_slots(other.mover)
+    one.store(tokens, here)
+    go, ended, scatter, fetch = threading.Event(), [], other.mover.scatter, other.client.fetch
+
+    def slow(chunk, slots):
+        assert go.wait(10)
+        scatter(chunk, slots)
+        ended.append(slots)
+
+    def breaking(keys):
+        whole = fetch(keys)
+        return Broken(some(iter(whole)), whole)
+
+    def some(chunks):
+        yield next(chunks)
+        yield next(chunks)
+        raise OSError("the store is gone")
+
+    other.mover.scatter, other.client.fetch = slow, breaking
+    threading.Timer(0.3, go.set).start()
+    with pytest.raises(OSError, match="the store is gone"):
+        other.load(tokens, there)
+    assert len(ended) == 2
+    assert other.kept() == 0
+
+
 class Dying:
     """A copy that ends the store after its first chunk."""
 
