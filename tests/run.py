@@ -23,6 +23,7 @@ def run(pytest_arguments: Sequence[str]) -> None:
     profile = load_profile("cpu")  # the tests run on CPU whatever the machine has
     interpreter = choose_interpreter(os.environ.get("DISAGG_PYTHON", ""), profile, os.environ)
     log = REPOSITORY / "runs" / "tests" / "setup.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(REPOSITORY)
     with Supervisor(grace_s=float(profile.get("STOP_GRACE"))) as supervisor:
         for extra in (profile.get("SETUP_EXTRA"), "test"):

@@ -149,21 +149,24 @@ def hpu_problems(plan: Plan[Any]) -> list[str]:
     problems = []
     if plan.environ.get("VLLM_CONTIGUOUS_PA", "").lower() in ("1", "true", "yes", "on"):
         problems.append(f"VLLM_CONTIGUOUS_PA={plan.environ['VLLM_CONTIGUOUS_PA']}: unset it; {cause}")
-    if "--no-enable-prefix-caching" in words or "--enable-prefix-caching=false" in (word.lower() for word in words):
+    if "--no-enable-prefix-caching" in words:
         problems.append(f"--no-enable-prefix-caching is not possible on hpu: leave it out; {cause}")
     return problems
 
 
 def vllm_words(plan: Plan[Any]) -> list[str]:
-    """The profile's and the caller's own arguments of vLLM."""
-    return [*plan.profile.words("VLLM_ARGS"), *plan.configuration.vllm_arguments]
+    """The profile's and the caller's own arguments of vLLM: flags with dashes, each followed by its value."""
+    words = []
+    for word in (*plan.profile.words("VLLM_ARGS"), *plan.configuration.vllm_arguments):
+        flag, *value = word.split("=", 1) if word.startswith("--") else [word]
+        words += [flag.replace("_", "-") if word.startswith("--") else word, *value]
+    return words
 
 
 def chunk_warning(plan: Plan[Any]) -> None:
     """Tells of a chunk size that is no multiple of vLLM's block size, where both are known."""
     block = plan.profile.get("BLOCK_SIZE")
-    words = [part for word in vllm_words(plan) for part in word.split("=", 1)]
-    for flag, value in itertools.pairwise(words):
+    for flag, value in itertools.pairwise(vllm_words(plan)):
         block = value if flag == "--block-size" else block
     chunk = plan.environ.get("LMCACHE_CHUNK_SIZE", "")
     config = plan.backend.environment("decoder", plan.environ).get("LMCACHE_CONFIG_FILE")

@@ -223,6 +223,7 @@ def test_a_library_that_does_not_load_is_told_before_anything_starts(launch: Lau
     [
         ([], {"VLLM_CONTIGUOUS_PA": "true"}, "VLLM_CONTIGUOUS_PA=true: unset it"),
         (["--", "--no-enable-prefix-caching"], {}, "--no-enable-prefix-caching is not possible on hpu"),
+        (["--", "--no_enable_prefix_caching"], {}, "--no-enable-prefix-caching is not possible on hpu"),
     ],
 )
 def test_gaudi_must_not_move_kv_blocks(
@@ -242,7 +243,7 @@ def test_gaudi_must_not_move_kv_blocks(
     ("arguments", "environment", "told"),
     [
         ([], {}, ""),
-        (["--", "--block-size", "96"], {}, "chunk size 256 is no multiple of the block size 96"),
+        (["--", "--block_size", "96"], {}, "chunk size 256 is no multiple of the block size 96"),
         (
             ["--", "--block-size=128"],
             {"LMCACHE_CHUNK_SIZE": "192"},
