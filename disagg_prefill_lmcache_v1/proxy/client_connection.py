@@ -48,7 +48,7 @@ class ClientConnection(asyncio.Protocol):
         self._input = RequestParser(self, self._limits)
         self._request: ClientRequest | None = None  # being served
         self._queue: deque[ClientRequest] = deque()  # parsed, not served yet
-        self._ahead = b""  # not parsed yet
+        self._ahead = bytearray()  # not parsed yet
         self._reading = True
         self.write_paused = False
         self._timed_head = False
@@ -94,13 +94,13 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._input.ended:
             return
-        if self._ahead:
-            data, self._ahead = self._ahead + data, b""
         if self._request is not None and self._request is not self._input.receiving:
-            self._ahead = data
-            if len(data) > _AHEAD_BYTES:
+            self._ahead += data
+            if len(self._ahead) > _AHEAD_BYTES:
                 self._read(False)
             return
+        if self._ahead:
+            data, self._ahead = bytes(self._ahead + data), bytearray()
         self._input.feed(data)
         request = self._input.receiving
         if self._input.in_head:
@@ -160,14 +160,13 @@ class ClientConnection(asyncio.Protocol):
 
     def _parse_ahead(self) -> None:
         if self._ahead:
-            data, self._ahead = self._ahead, b""
-            self.data_received(data)
+            self.data_received(b"")
 
     def _close(self, request: ClientRequest) -> None:
         """End the connection once the answer is out."""
         self._input.ended = True
         self._queue.clear()
-        self._ahead = b""
+        self._ahead = bytearray()
         self._input.receiving = None
         self._set_deadline(_LINGER_S)
         transport = self.transport

@@ -15,6 +15,7 @@ from disagg_prefill_lmcache_v1.proxy.headers import Header
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 _JOINED_BYTES = 65536  # a longer body is not copied to stand behind its head
+_SMALL_PART, _SMALL_PARTS = 4096, 65536  # bytes; small parts of a body are put together, for each costs 50 bytes more
 
 
 class Channel(Protocol):
@@ -39,6 +40,7 @@ class ClientRequest:
         "_error",
         "_on_pause",
         "_parts",
+        "_small",
         "_waiter",
         "answer_complete",
         "body_begun",
@@ -81,6 +83,7 @@ class ClientRequest:
         self.started = False  # whether the answer has begun
         self.gone = False  # whether the client has hung up
         self._parts: list[bytes] = []
+        self._small = bytearray()  # the last small parts
         self._error = error
         self._waiter: asyncio.Future[None] | None = None
         self._on_pause: Callable[[bool], None] | None = None
@@ -112,19 +115,34 @@ class ClientRequest:
 
     def take_body(self, data: bytes) -> None:
         """A part of the body has come."""
-        self.body_size += len(data)
-        if self._error is None:
+        size = len(data)
+        self.body_size += size
+        if self._error is not None:
+            return
+        if self._parts and size < _SMALL_PART:
+            self._small += data
+            if len(self._small) >= _SMALL_PARTS:
+                self._join_small()
+        else:
+            if self._small:
+                self._join_small()
             self._parts.append(data)
+
+    def _join_small(self) -> None:
+        self._parts.append(bytes(self._small))
+        self._small = bytearray()
 
     def end_body(self) -> None:
         """The body is complete."""
         self.body_complete = True
+        if self._small:
+            self._join_small()
         self._wake()
 
     def refuse(self, error: ProxyError) -> None:
         """No more of the body is taken; who waits for it gets this error."""
         self._error = error
-        self._parts = []
+        self._parts, self._small = [], bytearray()
         self._wake()
 
     def _wake(self) -> None:
