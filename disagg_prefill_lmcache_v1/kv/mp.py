@@ -3,7 +3,7 @@
 The transfer, the keys and the server are LMCache's own. Added here is what disaggregated prefill promises:
 
 - a server that is killed, frozen, restarted or full costs reuse, never an engine, an answer or more than the deadline
-  (mp_client.py);
+  (mp_client.py); so engines copy KV themselves on every device, never the server;
 - word of when a request's KV can be found (mp_confirm.py, visibility.py);
 - requests with other weights, of the model or of a LoRA adapter, have other keys: LMCache's know names at most;
 - what a client may send never ends the engine: a ``cache_salt`` or ``kv_transfer_params`` that LMCache cannot take;
@@ -14,6 +14,7 @@ The transfer, the keys and the server are LMCache's own. Added here is what disa
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from typing import Any
@@ -37,6 +38,7 @@ from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 logger = init_logger(__name__)
 
 TIMEOUT_KEY, HEARTBEAT_KEY = "lmcache.mp.mq_timeout", "lmcache.mp.heartbeat_interval"
+MODE_KEY, MODE_VARIABLE = "lmcache.mp.mp_transfer_mode", "LMCACHE_MP_TRANSFER_MODE"
 DEFAULT_TIMEOUT_S = 10.0
 # A frozen server is given up after two heartbeats at most: within the deadline.
 HEARTBEATS = 3
@@ -61,6 +63,10 @@ def take_deadline(vllm_config: Any) -> float:
         raise ValueError(f"kv_connector_extra_config {TIMEOUT_KEY}={extra[TIMEOUT_KEY]!r}: {allowed}")
     extra[TIMEOUT_KEY] = seconds
     extra.setdefault(HEARTBEAT_KEY, seconds / HEARTBEATS)
+    if MODE_VARIABLE not in os.environ:
+        # Otherwise the server copies, on CUDA: after a freeze it goes on with transfers that were given up, and reads
+        # and writes blocks that belong to other requests by then.
+        extra.setdefault(MODE_KEY, "engine_driven")
     return seconds
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ logger = init_logger(__name__)
 _LOOK_S = 0.1  # how often a wait looks whether the server is healthy
 _LATE_S = 600.0  # a reply that is later is not awaited: LMCache's reservation has expired
 _LATE_BYTES = 1 << 30  # KV kept for late replies at most
+_UNANSWERED = 64  # late replies that are remembered
 
 
 class Reply:
@@ -45,9 +47,11 @@ class Reply:
         end = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while True:
             left = end - time.monotonic()
-            if self._future.wait(timeout=max(0.0, min(_LOOK_S, left))):
+            done = self._future.wait(timeout=max(0.0, min(_LOOK_S, left)))
+            healthy = self._healthy()  # what comes after the server was given up comes too late, too
+            if done and healthy:
                 return True
-            if left <= 0 or not self._healthy():
+            if left <= 0 or not healthy:
                 if self._on_timeout is not None:
                     self._on_timeout()
                     self._on_timeout = None
@@ -59,13 +63,29 @@ class Reply:
         return self._future.result(timeout=0)
 
 
+class Both:
+    """Two stores of one request, as one future. LMCache forgets the first when the second is handed over."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._first, self._second = first, second
+
+    def query(self) -> bool:
+        return self._first.query() and self._second.query()
+
+    def result(self, timeout: float | None = None) -> bool:
+        first, second = self._first.result(timeout=timeout), self._second.result(timeout=timeout)
+        return bool(first and second)
+
+
 class PatientClient:
     """LMCache's ``RequestClient`` for one server; see the module's text. Calls not named here are passed on."""
 
     def __init__(self, client: Any, healthy: Callable[[], bool]) -> None:
         self._client, self._healthy = client, healthy
-        self._latest: dict[str, Any] = {}  # request id -> the reply that its lookup waits for
-        self.unanswered: list[tuple[Any, Any]] = []  # (key, future) of store preparations that timed out
+        self._latest: dict[str, Reply] = {}  # request id -> the reply that its lookup waits for
+        # Keys and futures of store preparations that got no answer in time.
+        self.unanswered: deque[tuple[Any, Any]] = deque(maxlen=_UNANSWERED)
+        self.reservation_left = False  # the server may hold a reservation of ours that is never filled
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -99,7 +119,12 @@ class PatientClient:
 
     def prepare_store(self, key: Any, instance_id: int) -> Reply:
         future = self._client.prepare_store(key, instance_id)
-        return Reply(future, self._healthy, lambda: self.unanswered.append((key, future)))
+
+        def give_up() -> None:
+            self.reservation_left = True
+            self.unanswered.append((key, future))
+
+        return Reply(future, self._healthy, give_up)
 
     def commit_store(self, key: Any, instance_id: int, data: bytes) -> Reply:
         return Reply(self._client.commit_store(key, instance_id, data), self._healthy)
@@ -127,11 +152,14 @@ class GuardedWorker:
         self._retrieve, adapter.submit_retrieve_request = adapter.submit_retrieve_request, self._submit_retrieve
         self._since: dict[str, float] = {}  # transfers on their way -> begin
         self._late_bytes = 0
-        self.reservation_left = False  # the server holds a reservation of ours that may never be filled
 
     def _submit_store(self, request_id: str, op: Any, event: Any, **more: Any) -> None:
+        futures = self._adapter.store_futures
+        earlier = futures.get(request_id)
         try:
             self._store(request_id, op, event, **more)
+            if earlier is not None and futures.get(request_id) is not earlier:
+                futures[request_id] = Both(earlier, futures[request_id])
         except (TimeoutError, RuntimeError, ValueError, OSError) as error:
             self._give_up(f"KV of request {request_id} is not stored: {error}")
             self._keep_late(op)
@@ -162,23 +190,25 @@ class GuardedWorker:
         self._since = {name: self._since.get(name, now) for name in waiting}
         if any(now - begin > self._timeout_s for begin in self._since.values()):
             self._give_up(f"{len(waiting)} KV transfers got no answer within {self._timeout_s:g} s")
+        if self._adapter.store_futures and not self._health.is_set() and self._adapter.transfer_ctx is not None:
+            # LMCache is about to give the blocks back; nobody may be reading them any more.
+            self._adapter.transfer_ctx.flush_inflight_stores()
 
     def leave(self) -> None:
         """Before the adapter is shut down. A server that has a reservation of ours left must not hear of it.
 
         It would take the reserved memory for stored KV and serve whatever lies there.
         """
-        if self.reservation_left and self._adapter.transfer_ctx is not None:
+        if self.client.reservation_left and self._adapter.transfer_ctx is not None:
             self._adapter.transfer_ctx.close()
             self._adapter.transfer_ctx = None
 
     # late replies
 
     def _keep_late(self, op: Any) -> None:
-        unanswered, self.client.unanswered = self.client.unanswered, []
-        for key, future in unanswered:
-            self.reservation_left = True
-            adapter = self._adapter
+        adapter = self._adapter
+        while self.client.unanswered:
+            key, future = self.client.unanswered.popleft()
             chunks = gather_paged_kv_to_cpu(
                 adapter.kv_caches, op.flat_block_ids, adapter.blocks_in_chunk, layout_hints=adapter._layout_hints
             )

@@ -21,7 +21,7 @@ from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
 
 from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.mp import cache_salt_of, skips_save, take_deadline
-from disagg_prefill_lmcache_v1.kv.mp_client import Reply
+from disagg_prefill_lmcache_v1.kv.mp_client import Both, Reply
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.mp_server import server_words
 
@@ -138,7 +138,7 @@ def test_memory_that_was_reserved_and_never_written_is_never_served(server):
     server.freeze()
     try:
         assert not leaver.store(tokens, [1, 2, 3, 4])
-        assert leaver.guard.reservation_left
+        assert leaver.guard.client.reservation_left
         leaver.close()
     finally:
         server.thaw()
@@ -241,6 +241,45 @@ def test_a_wait_ends_with_the_servers_health():
     assert told == [1]
 
 
+class Done:
+    def __init__(self, result, done=True):
+        self.is_done, self._result = done, result
+
+    def query(self):
+        return self.is_done
+
+    def wait(self, timeout):
+        return self.is_done
+
+    def result(self, timeout=None):
+        return self._result
+
+
+def test_an_answer_after_the_server_was_given_up_is_none():
+    assert Reply(Done(True), lambda: True).result(timeout=1)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        Reply(Done(True), lambda: False).result(timeout=1)
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_two_stores_of_a_request_are_done_when_both_are(first, second):
+    one, two = Done(first, done=False), Done(second)
+    both = Both(one, two)
+    assert not both.query(), "the blocks of the first are still being read"
+    one.is_done = True
+    assert both.query()
+    assert both.result(timeout=0) is (first and second)
+
+
+def test_a_second_store_of_a_request_does_not_hide_the_first(engine):
+    first, tokens = Done(True, done=False), prompt()
+    engine.worker.store_futures["r"] = first
+    engine.worker.submit_store_request("r", engine._op(tokens, [1, 2, 3, 4]), None)
+    assert not engine.worker.store_futures["r"].query()
+    first.is_done = True
+    assert engine.worker.store_futures.pop("r").query()
+
+
 # identity
 
 
@@ -302,6 +341,18 @@ def test_the_deadline_is_ten_seconds_or_what_is_given():
         extra = made.kv_transfer_config.kv_connector_extra_config
         assert extra["lmcache.mp.mq_timeout"] == timeout
         assert extra["lmcache.mp.heartbeat_interval"] == pytest.approx(heartbeat)
+
+
+def test_engines_copy_themselves_unless_another_way_is_asked_for(monkeypatch):
+    def mode(**extra):
+        made = config(**extra)
+        take_deadline(made)
+        return made.kv_transfer_config.kv_connector_extra_config.get("lmcache.mp.mp_transfer_mode")
+
+    assert mode() == "engine_driven"
+    assert mode(mp_transfer_mode="auto") == "auto"
+    monkeypatch.setenv("LMCACHE_MP_TRANSFER_MODE", "lmcache_driven")
+    assert mode() is None
 
 
 @pytest.mark.parametrize("value", [0, -1, "soon", None, 1e9, float("nan")])
