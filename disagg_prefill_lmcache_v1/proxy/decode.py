@@ -96,7 +96,9 @@ class DecodeStage:
         self, request: RequestContext, response: Response, upstream: Upstream, tried: list[Upstream]
     ) -> bool:
         """Whether to ask the next server: a stored response is known to the one that made it, and to no other."""
-        if response.status != 404 or len(self._pool.upstreams) == 1 or not request.path.startswith("/v1/responses"):
+        if response.status != 404 or len(self._pool.upstreams) == 1:
+            return False
+        if not request.path.startswith("/v1/responses") or request.prefill_outcome:  # a prompt that names none
             return False
         tried.append(upstream)
         if self._pool.choose(None, tried) is None:

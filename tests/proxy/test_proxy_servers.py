@@ -278,3 +278,33 @@ def test_more_servers_than_there_is_room_for_in_the_metrics_stop_nothing(tmp_pat
             assert text.count("disagg_upstream_up{") == 2
         finally:
             proxy.stop()
+
+
+# -- stored responses
+
+
+def test_a_stored_response_is_looked_for_on_all_decoders_and_nothing_else_is() -> None:
+    def plain(status: str) -> Callable[[bytes], Iterator[bytes]]:
+        return lambda head: iter([f"HTTP/1.1 {status}\r\ncontent-length: 2\r\n\r\n{{}}".encode()])
+
+    servers = [RawServer(plain(status)) for status in ("404 Not Found", "404 Not Found", "200 OK")]
+    mocks = MockThread()
+    prefill_port, _ = mocks.add("prefill")
+    flags = [part for server in servers for part in ("--decoder", server.url)]
+    proxy = ProxyProcess("--prefiller-port", str(prefill_port), *flags)
+    try:
+        for _ in range(3):
+            assert httpx.get(proxy.url + "/v1/responses/resp_1").status_code == 200
+            follow_up = {"model": "m", "input": "x", "previous_response_id": "resp_1"}
+            assert httpx.post(proxy.url + "/v1/responses", json=follow_up).status_code == 200
+        sent = sum(len(server.requests) for server in servers)
+        for path in ("/v1/responses", COMPLETIONS):
+            for _ in range(3):
+                httpx.post(proxy.url + path, json={"model": "none", "prompt": "x", "input": "x"})
+        assert httpx.get(proxy.url + "/v1/models/none").status_code in (200, 404)
+        assert sum(len(server.requests) for server in servers) == sent + 7
+    finally:
+        proxy.stop()
+        mocks.close()
+        for server in servers:
+            server.close()
