@@ -344,6 +344,17 @@ def test_peer_to_peer() -> None:
         assert "LMCACHE_REMOTE_URL" not in environment
 
 
+def test_the_multi_process_server() -> None:
+    commands = dry_run("--device", "cpu", "--backend", "mp", "--kv-port", "7777")
+    assert commands["kv_server"]["words"][-6:-2] == ["127.0.0.1", "7777", "--size", "2gb"]
+    for role in ("store", "retrieve"):
+        words = commands[role]["words"]
+        config = json.loads(words[words.index("--kv-transfer-config") + 1])
+        assert config["kv_connector_extra_config"]["lmcache.mp.port"] == 7777
+        assert words[words.index("--block-size") + 1] == commands["kv_server"]["words"][-1] == "32"
+        assert not {"LMCACHE_REMOTE_URL", "LMCACHE_CONFIG_FILE"} & set(commands[role]["environment"])
+
+
 def test_redis_and_passwords() -> None:
     server = dry_run("--device", "cpu", "--remote_server", "redis", "--kv-port", "7777")["kv_server"]["words"]
     assert server[0] == "redis-server"

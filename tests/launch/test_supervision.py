@@ -426,16 +426,19 @@ subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], env={{}})
 
 
 def test_all_ends_with_a_launcher_that_is_killed_though_it_ignores_term() -> None:
-    with subprocess.Popen(
+    process = subprocess.Popen(
         python(PARENT.format(child=STUBBORN_FAMILY, grace_s=0.5)), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
+    )
+    try:
         assert process.stdout
-        pids = [int(process.stdout.readline())]  # and the two that are below it
-        assert process.stdout.readline() == process.stdout.readline() == "up\n"
-        pids += [row.pid for row in living() if row.parent == pids[0]]
-        assert len(pids) == 3
+        lines = sorted(process.stdout.readline().strip() for _ in range(3))  # the child's number, and who ignores TERM
+        assert lines[1:] == ["up", "up"]
+        family = [int(lines[0]), *(row.pid for row in living() if row.parent == int(lines[0]))]
+        assert len(family) == 3
+    finally:
         process.kill()
-    wait_until(lambda: not set(pids) & {row.pid for row in living()}, "all are gone", 20)
+        process.communicate(timeout=30)
+    wait_until(lambda: not any(map(lookup, family)), "all are gone", 20)
 
 
 def test_the_guard_holds_nothing_open_and_ends_with_the_supervisor() -> None:

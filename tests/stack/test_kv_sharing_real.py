@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {1: ROOT / "kv_cache_sharing_lmcache_v1.py", 2: ROOT / "kv_cache_sharing_lmcache_v1_tp2.py"}
 CLEAN_END_S = 10
+REUSED = {"mp": 4992}  # of 5,000 tokens; whole chunks of 32, where others reuse all but the last token
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("vllm") and importlib.util.find_spec("lmcache")), reason="needs vLLM and LMCache"
@@ -67,7 +68,7 @@ def share(work: Path, backend: str, tensor_parallel_size: int) -> tuple[dict[str
         assert process.wait(CLEAN_END_S + 20) == 0, tell(work)
         end_s = time.monotonic() - shown
     result = json.loads((work / "out.json").read_text())
-    assert (result["prompt_tokens"], result["reused_tokens"]) == (5000, 4999)
+    assert (result["prompt_tokens"], result["reused_tokens"]) == (5000, REUSED.get(backend, 4999))
     assert result["texts_equal"] is True
     assert result["store_text"] == result["retrieve_text"] != ""
     assert result["recompute_reused_tokens"] == 0
@@ -76,9 +77,9 @@ def share(work: Path, backend: str, tensor_parallel_size: int) -> tuple[dict[str
 
 
 @pytest.mark.parametrize(
-    ("backend", "tensor_parallel_size"), [("lm", 1), ("redis", 1), ("lm", 2), ("redis", 2)], ids=str
+    ("backend", "tensor_parallel_size"), [("lm", 1), ("redis", 1), ("lm", 2), ("redis", 2), ("mp", 1)], ids=str
 )
-def test_all_but_one_token_are_reused(tmp_path: Path, backend: str, tensor_parallel_size: int) -> None:
+def test_all_that_can_be_reused_is_reused(tmp_path: Path, backend: str, tensor_parallel_size: int) -> None:
     if backend == "redis" and shutil.which("redis-server") is None:
         pytest.skip("needs redis-server")
     late = ""
