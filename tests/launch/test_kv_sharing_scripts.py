@@ -409,6 +409,13 @@ def test_importing_a_script_starts_nothing_and_changes_no_environment(script: Pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("script", [SCRIPT, SCRIPT_TP2])
+def test_an_old_python_is_told_in_one_line(script: Path) -> None:
+    code = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "[kv-sharing] failed: this needs Python 3.10 or newer\n")
+
+
 def test_the_help_names_every_spelling() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
