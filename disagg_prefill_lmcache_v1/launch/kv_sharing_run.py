@@ -158,7 +158,7 @@ class Sharing:
             child = self.supervisor.start(command.name, command.words, environment, log)
             self.supervisor.await_ready(float(self.plan.profile.get("KV_READY_TIMEOUT")), [Target(child, port)])
             if backend.name == "redis":
-                checks.check_redis_answers(self.plan)
+                checks.check_redis_answers(self.plan, self.supervisor)
         elif backend.url and backend.name != "redis":  # that one has been asked already
             try:
                 parts = urlsplit(backend.url)

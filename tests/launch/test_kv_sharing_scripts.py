@@ -202,6 +202,16 @@ def test_a_missing_or_failing_server_program_is_named(model: Path) -> None:
     assert (done.returncode, "the kv_server process ended with status 1" in done.stderr) == (1, True)
 
 
+def test_redis_is_started_and_asked(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    program = f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'standins' / 'standin_server.py'} redis"
+    done = run(model, "--backend", "redis", "--log-dir", str(tmp_path), REDIS_SERVER_PROGRAM=program)
+    assert done.returncode == 0, done.stderr
+    assert "kv_server is ready" in done.stderr
+    assert "stand-in redis" in (tmp_path / "kv_server.log").read_text()
+    assert "KV goes by redis://127.0.0.1:" in done.stderr
+
+
 def test_a_redis_that_does_not_answer_is_named_without_its_password(model: Path) -> None:
     pytest.importorskip("redis")
     done = run(model, "--remote_server", "redis", "--remote-url", "redis://user:s3cret@127.0.0.1:9/0")
