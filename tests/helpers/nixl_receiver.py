@@ -1,4 +1,4 @@
-"""A decode server's side of kv_nixl.py, by itself: nixl_receiver.py HOST PORT SIZE. It runs until killed."""
+"""A decode server's side of kv/stores/nixl.py, by itself: nixl_receiver.py HOST PORT SIZE. It runs until killed."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from kv_sides import BLOCK, CHUNK, make_worker, scheduler_side
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -114,7 +115,7 @@ class SimulatedEngine:
         failing: ``failing(request_id, tokens)``: how many of a load's tokens arrive; None: all.
     """
 
-    def __init__(self, folder, monkeypatch, overlapped, async_load, failing=None, blocks=200, seed=0):
+    def __init__(self, folder, monkeypatch, overlapped, async_load, failing=None, blocks=200, seed=0, ranks=1):
         config = engine_config(str(folder))
         config.scheduler_config.async_scheduling = overlapped
         config.cache_config.num_gpu_blocks = blocks
@@ -135,21 +136,27 @@ class SimulatedEngine:
             structured_output_manager=StructuredOutputManager(config),
         )  # fmt: skip
         self.depth = 2 if overlapped else 1
-        self.memory: dict[int, Any] = {}  # slot -> (position, token)
-        self.worker = make_worker(SimpleNamespace())
-        self.worker._transfer = SimpleNamespace(retrieve=self._retrieve)
-        self.loader = self.worker._loader = SlowLoader(self.worker._load_beside, self.random)
+        self.memory: dict[tuple[int, int], Any] = {}  # (rank, slot) -> (position, token)
+        self.workers = [self._make_worker(rank) for rank in range(ranks)]
+        self.aggregator = KVOutputAggregator(ranks)
+        self.loader = self.workers[0]._loader
         self.states: dict[str, Any] = {}
         self.in_flight: deque[Any] = deque()
         self.answers: dict[str, list[int]] = {}
         self.preempted = self.computed = 0
+
+    def _make_worker(self, rank):
+        worker = make_worker(SimpleNamespace())
+        worker._transfer = SimpleNamespace(retrieve=functools.partial(self._retrieve, rank))
+        worker._loader = SlowLoader(worker._load_beside, self.random)
+        return worker
 
     def add(self, name, prompt, count=6):
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         self.scheduler.add_request(Request(name, list(prompt), params, None, block_hasher=self.hasher))
         self.answers[name] = []
 
-    def _retrieve(self, tokens, mask, slot_mapping, vllm_cached_tokens, req_id, **kwargs):
+    def _retrieve(self, rank, tokens, mask, slot_mapping, vllm_cached_tokens, req_id, **kwargs):
         """The store's chunks into the KV cache, as far as they arrive."""
         loaded = torch.zeros(len(tokens), dtype=torch.bool)
         arriving = self.failing(req_id, len(tokens))
@@ -159,7 +166,7 @@ class SimulatedEngine:
                 break
             loaded[start:end] = True
             for position in range(max(start, vllm_cached_tokens), min(end, len(slot_mapping))):
-                self.memory[int(slot_mapping[position])] = (position, tokens[position])
+                self.memory[rank, int(slot_mapping[position])] = (position, tokens[position])
             start = end
         return loaded & mask
 
@@ -184,21 +191,31 @@ class SimulatedEngine:
 
     def _execute(self, output):
         meta = output.kv_connector_metadata
-        self.worker.step_begin(meta.step)
-        self.worker.start_load(meta.requests)
+        for worker in self.workers:
+            worker.step_begin(meta.step)
+            worker.start_load(meta.requests)
         tokens = self._compute(output)
-        if tokens:  # vLLM 0.26 calls wait_for_save only then
-            self.worker.forward_end()
-            self.worker.step_end([])
-        said = KVConnectorOutput(
-            finished_recving=self.worker.take_finished() or None, invalid_block_ids=self.worker.take_failed_blocks(),
-            kv_connector_stats=self.worker.meter.take(),
-        )  # fmt: skip
-        names = list(tokens)
-        return ModelRunnerOutput(
-            req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)},
-            sampled_token_ids=[tokens[name] for name in names], kv_connector_output=said,
-        )  # fmt: skip
+        names, outputs = list(tokens), []
+        for worker in self.workers:
+            if tokens:  # vLLM 0.26 calls wait_for_save only then
+                worker.forward_end()
+                worker.step_end([])
+            said = KVConnectorOutput(
+                finished_recving=worker.take_finished() or None, invalid_block_ids=worker.take_failed_blocks(),
+                kv_connector_stats=worker.meter.take(),
+            )  # fmt: skip
+            outputs.append(
+                ModelRunnerOutput(
+                    req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)},
+                    sampled_token_ids=[tokens[name] for name in names], kv_connector_output=said,
+                )
+            )  # fmt: skip
+        return self.aggregator.aggregate(outputs)
+
+    def _seen(self, slot):
+        """What all ranks have there, or all that they have."""
+        seen = {self.memory.get((rank, slot)) for rank in range(len(self.workers))}
+        return seen.pop() if len(seen) == 1 else tuple(seen)
 
     def _compute(self, output):
         """As vLLM's runners keep their requests' state; the sampled tokens of the step."""
@@ -227,13 +244,12 @@ class SimulatedEngine:
             self.computed += count
             slots = [state.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(last)]
             for position in range(state.computed, last):
-                self.memory[slots[position]] = (
-                    position,
-                    state.tokens[position] if position < len(state.tokens) else None,
-                )
+                known = state.tokens[position] if position < len(state.tokens) else None
+                for rank in range(len(self.workers)):
+                    self.memory[rank, slots[position]] = (position, known)
             tokens[name] = []
             if last >= len(state.tokens):
-                token = sampled([self.memory.get(slot) for slot in slots])
+                token = sampled([self._seen(slot) for slot in slots])
                 state.tokens.append(token)
                 tokens[name] = [token]
         return tokens

@@ -74,6 +74,14 @@ def test_failed_loads_are_computed(folder, monkeypatch, overlapped, async_load, 
         assert wrong_answers(engine, prompts(seed, 24), keep=lambda i: i % 4) == []
 
 
+@pytest.mark.parametrize("how", ["whole", "half"])
+@pytest.mark.parametrize(("overlapped", "async_load"), WAYS)
+def test_what_one_rank_could_not_load_is_computed_on_all(folder, monkeypatch, overlapped, async_load, how):
+    for seed in range(3):
+        engine = SimulatedEngine(folder, monkeypatch, overlapped, async_load, every_third(how), seed=seed, ranks=2)
+        assert wrong_answers(engine, prompts(seed, 24)) == []
+
+
 def test_a_store_of_which_every_load_fails_is_asked_once_for_a_request(folder, monkeypatch):
     asked = []
 
