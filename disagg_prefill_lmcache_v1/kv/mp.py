@@ -96,6 +96,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
                 self._confirmer = Confirmer(self.worker_adapter, self._announcer, from_environment().wait_timeout)
         else:
             self._idle = True
+            self._held: set[str] = set()  # finished requests whose blocks wait for the workers' word
             self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
             self._reuse = ReuseAccount(self._announcer, self._ranks)
             self._load_scheduler = LoadScheduler(LoadPolicy(from_environment().load), self._ranks)
@@ -177,6 +178,12 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             self._load_scheduler.observe(stats.data)
             self._reuse.loaded(stats.data.get("used_tokens", {}))
             connector_output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
+        # A request that was aborted while it loaded is freed when the load is reported; vLLM ends the engine when it
+        # is then reported as stored.
+        self._held -= set(connector_output.finished_recving or ())
+        sent = self._held & set(connector_output.finished_sending or ())
+        self._held -= sent
+        connector_output.finished_sending = sent
         super().update_connector_output(connector_output)
 
     def _get_or_create_request_tracker(self, request: Any) -> Any:
@@ -222,11 +229,13 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             client.forget(name)
         tracker = self.request_trackers.get(name)
         if tracker is None:
-            # Refused or aborted before anything was asked for it: LMCache would raise here.
-            return False, None
-        if tracker.state == LMCacheMPRequestState.PREFETCHING and tracker.num_scheduled_tokens == 0:
+            self._identities.give(request)  # what the client sent is not asked about a request that nobody knows
+        elif tracker.state == LMCacheMPRequestState.PREFETCHING and tracker.num_scheduled_tokens == 0:
             self._free_locks(tracker)
-        return super().request_finished(request, block_ids)
+        held, parameters = super().request_finished(request, block_ids)
+        if held:
+            self._held.add(name)
+        return held, parameters
 
     def _free_locks(self, tracker: Any) -> None:
         """Give back what a lookup has locked for a request that never got its memory.

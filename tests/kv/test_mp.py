@@ -20,7 +20,7 @@ from launch_harness import wait_until
 from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
 
 from disagg_prefill_lmcache_v1.kv.identity import Identities
-from disagg_prefill_lmcache_v1.kv.mp import cache_salt_of, skips_save, take_deadline
+from disagg_prefill_lmcache_v1.kv.mp import LMCacheDisaggMPConnector, cache_salt_of, skips_save, take_deadline
 from disagg_prefill_lmcache_v1.kv.mp_client import Both, Reply
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.mp_server import server_words
@@ -278,6 +278,20 @@ def test_a_second_store_of_a_request_does_not_hide_the_first(engine):
     assert not engine.worker.store_futures["r"].query()
     first.is_done = True
     assert engine.worker.store_futures.pop("r").query()
+
+
+def test_a_request_that_is_gone_is_not_reported_again():
+    connector = object.__new__(LMCacheDisaggMPConnector)
+    connector._held, connector.lazy_offload = {"aborted while loading", "stored"}, False
+    output = types.SimpleNamespace(
+        kv_connector_stats=None, kv_cache_events=None, finished_recving={"aborted while loading", "loaded"},
+        finished_sending={"stored", "never held"},
+    )  # fmt: skip
+    connector.update_connector_output(output)
+    assert (output.finished_sending, connector._held) == ({"stored"}, set())
+    output.finished_recving, output.finished_sending = set(), {"aborted while loading"}
+    connector.update_connector_output(output)
+    assert output.finished_sending == set()
 
 
 # identity

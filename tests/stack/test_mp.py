@@ -1,0 +1,51 @@
+"""Backend mp on the real stack: LMCache's multi-process server freezes in the middle of a load.
+
+Takes about 3 minutes on 2 cores: python -m pytest tests/stack/test_mp.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from launch_harness import wait_until
+from stack_harness import Load, Stack
+
+pytest.importorskip("vllm", reason="vLLM is not installed: the real stack is what is tested")
+pytest.importorskip("lmcache", reason="LMCache is not installed: its server is what freezes")
+
+BACK_WITHIN_S = 15.0
+
+
+def kv_server_group(stack: Stack) -> int:
+    """Process group of the stack's KV server."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        words = []
+        with contextlib.suppress(OSError):  # it may just have ended
+            words = entry.read_bytes().split(b"\0")
+        if b"disagg_prefill_lmcache_v1.kv.mp_server" in words and str(stack.kv).encode() in words:
+            return os.getpgid(int(entry.parent.name))
+    raise AssertionError("no KV server")
+
+
+def test_a_frozen_kv_server_costs_reuse_and_nothing_else(serving, reference):
+    stack = serving("mp", "--backend=mp")
+    group = kv_server_group(stack)
+    with Load(stack, reference) as load:
+        load.wait_for(8)
+        assert stack.metric("disagg_kv_degraded") == 0
+        os.killpg(group, signal.SIGSTOP)
+        try:
+            wait_until(lambda: stack.metric("disagg_kv_degraded") == 1, "the gauge shows the frozen server", 30)
+            load.wait_for(8)
+        finally:
+            os.killpg(group, signal.SIGCONT)
+        wait_until(lambda: stack.metric("disagg_kv_degraded") == 0, "the gauge shows its return", BACK_WITHIN_S)
+        loaded = stack.metric("disagg_kv_loaded_tokens_total", stack.decoder)
+        load.wait_for(8)
+        assert stack.metric("disagg_kv_loaded_tokens_total", stack.decoder) > loaded
+    assert load.wrong == []
+    assert stack.child.poll() is None
