@@ -3,7 +3,8 @@
     python disagg_proxy_server.py --port 8000 --prefiller-port 8100 --decoder-port 8200
 
 ``--help`` lists every setting. The first SIGINT or SIGTERM lets running requests end, up to --drain-timeout-s; a second
-one ends at once. Exit status: 2 for a setting that is not allowed, 1 if the address cannot be used.
+one ends at once. Exit status: 2 for a setting or certificate that is not allowed, 1 if the address cannot be used or a
+worker cannot start, 3 if the proxy itself cannot.
 """
 
 from __future__ import annotations

@@ -117,3 +117,20 @@ def test_new_members_keep_what_is_known_of_the_old_ones() -> None:
         assert not first.client.closed
 
     with_pool(use)
+
+
+def test_a_server_that_is_gone_takes_its_trouble_with_the_store_along() -> None:
+    def use(pool: Pool) -> None:
+        first, second, _ = pool.upstreams
+        for server, gauge in ((first, 1.0), (second, 1.0)):
+            first.kv_degraded = server is first
+            second.kv_degraded = server is second
+            pool._publish()
+            assert b"disagg_kv_degraded %.1f\n" % gauge in pool._metrics.render()
+        pool.set_members([URLS[0]])
+        pool._publish()
+        text = pool._metrics.render()
+        assert b"disagg_kv_degraded 0.0\n" in text
+        assert text.count(b"disagg_upstream_up{") == 1
+
+    with_pool(use)
