@@ -149,6 +149,19 @@ def test_a_failed_load_fails_the_example(launch: Launch) -> None:
     assert not old_summary.exists()
 
 
+def test_a_server_whose_engine_failed_at_start_is_noticed_though_it_goes_on(launch: Launch) -> None:
+    """As vLLM does for ever when a thread of its engine is left, here with the log of such a start."""
+    script = launch.folder / "lingering.py"
+    excerpt = Path(__file__).parent / "logs" / "hanging.log"
+    script.write_text(f"import time\nprint(open({str(excerpt)!r}).read(), flush=True)\ntime.sleep(300)\n")
+    begin = time.monotonic()
+    done = launch.run(EXAMPLE, *launch.arguments(), VLLM_PROGRAM=f"{sys.executable} {script}")
+    assert time.monotonic() - begin < 40
+    assert done.returncode == 1
+    assert "error: prefiller cannot start: ImportError: libucp.so.0: cannot open shared object file" in done.stderr
+    assert f"cause, from {launch.run_dir}/prefiller.log:\n    ImportError: libucp.so.0" in done.stderr
+
+
 def test_a_server_that_is_never_ready_is_named(launch: Launch) -> None:
     done = launch.run(EXAMPLE, *launch.arguments("--ready-timeout=1"), STANDIN_DELAY_VLLM="60")
     assert done.returncode == 1
