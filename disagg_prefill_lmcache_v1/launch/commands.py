@@ -95,6 +95,7 @@ def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
     words = ["--tensor-parallel-size", str(plan.settings.tensor_parallel_size)]
     words += ["--max-model-len", str(plan.settings.max_model_len)]
     words += ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":")), *plan.profile.words("VLLM_ARGS")]
+    words += ["--enforce-eager"] if plan.settings.graphs == "off" else []
     words += plan.backend.vllm_arguments()
     memory = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION" if plan.cards.shared else "GPU_MEMORY_UTILIZATION")
     return words + (["--gpu-memory-utilization", memory] if memory else [])
@@ -102,7 +103,9 @@ def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
 
 def engine_environment(plan: Plan[Any], role: str) -> dict[str, str]:
     """The environment of vLLM's engine of a role, in a server or by itself."""
-    values = common_environment(plan) | plan.profile.child_environment(plan.environ)
+    values = common_environment(plan) | plan.profile.child_environment(
+        plan.environ, graphs=plan.settings.graphs == "on"
+    )
     values |= plan.backend.environment(role, plan.environ)
     values["DISAGG_KV_LOAD"] = plan.settings.kv_load
     if plan.model.is_local:

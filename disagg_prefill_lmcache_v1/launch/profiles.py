@@ -1,7 +1,7 @@
 """Device profiles: the KEY=VALUE files in profiles/, read as data and never executed.
 
 What a person may set has a field in settings.py too, for which the profile's value is the fallback. ``ENV_<NAME>``
-entries are the environment of the device's vLLM processes.
+entries are the environment of the device's vLLM processes, ``GRAPHS_ENV_<NAME>`` what differs with ``--graphs on``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ class Profile:
         """A setting that is several words."""
         return self.get(key).split()
 
-    def child_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+    def child_environment(self, environ: Mapping[str, str], *, graphs: bool) -> dict[str, str]:
         """The environment of a vLLM process, in which the caller's own values win."""
-        return {name: environ.get(name) or value for name, value in sorted(self.environment.items())}
+        values = dict(self.environment)
+        if graphs:
+            begin = "GRAPHS_ENV_"
+            values |= {key[len(begin) :]: value for key, value in self.settings.items() if key.startswith(begin)}
+        return {name: environ.get(name) or value for name, value in sorted(values.items())}
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -51,6 +51,10 @@ class EngineSettings(DeviceSetting):
         "auto", "load KV from the store: auto where it is faster than computing it again",
         choices=("auto", "always", "never"),
     )  # fmt: skip
+    graphs: str = setting(
+        None, "on: vLLM's compiled graphs (warm-up on Gaudi), as people serve; off: --enforce-eager, starts sooner",
+        choices=("on", "off"), shown=OF_DEVICE,
+    )  # fmt: skip
     python: str = setting("", "Python to use as it is", flag=False)
     vllm_program: str = setting(
         "", "words that start vLLM, before the model; vllm: vllm serve, module: its API server's module", flag=False,

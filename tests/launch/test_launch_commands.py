@@ -125,6 +125,27 @@ def test_hpu_has_the_reference_defaults(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "arguments", "eager", "skips_warm_up"),
+    [
+        ("cpu", (), True, None),
+        ("cpu", ("--graphs", "on"), False, None),
+        ("cuda", (), False, None),
+        ("cuda", ("--graphs", "off"), True, None),
+        ("hpu", (), True, "true"),
+        ("hpu", ("--graphs", "on"), False, "false"),
+    ],
+)
+def test_graphs(launch: Launch, device: str, arguments: tuple[str, ...], eager: bool, skips_warm_up: str | None):
+    done = launch.run(EXAMPLE, "--dry-run", *launch.arguments(*arguments, device=device))
+    assert done.returncode == 0, done.stderr
+    commands = parse_dry_run(done.stdout)
+    for role in ("prefiller", "decoder"):
+        environment, words = commands[role]
+        assert ("--enforce-eager" in words) is eager
+        assert environment.get("VLLM_SKIP_WARMUP") == skips_warm_up
+
+
+@pytest.mark.parametrize(
     ("ranks", "prefiller", "decoder"), [(1, "0", "1"), (2, "0,1", "2,3"), (4, "0,1,2,3", "4,5,6,7")]
 )
 @pytest.mark.parametrize("device", ["hpu", "cuda"])
