@@ -125,8 +125,7 @@ class ClientConnection(asyncio.Protocol):
             return
         self._queue.append(request)
         if len(self._queue) >= _AHEAD_REQUESTS:
-            self._input.ended = True
-            request.keep_alive = False
+            request.keep_alive = False  # the last one that is taken
 
     def _start(self, request: ClientRequest) -> None:
         self._request = request

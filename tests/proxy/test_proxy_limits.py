@@ -85,6 +85,21 @@ def test_waiting_has_a_deadline() -> None:
         wait_until(lambda: ask(one).status_code == 200, "the place is free again")
 
 
+def test_the_body_of_who_waits_is_not_read() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    limits = ("--max-in-flight", "1", "--max-queue", "1", "--queue-timeout-s", "20")
+    with stack(*limits) as one, contextlib.closing(hold(one)), one.proxy.connect() as sock:
+        sock.sendall(head + b"content-length: 100000000\r\n\r\n")
+        waiting(one, 1)
+        before, sent = one.proxy.resident_bytes(), 0
+        sock.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while sent < 100_000_000:
+                sent += sock.send(b" " * 100_000)
+        assert sent < 50_000_000  # what the system's buffers hold
+        assert one.proxy.resident_bytes() - before < 2_000_000
+
+
 def test_who_hangs_up_in_the_queue_takes_no_place() -> None:
     with stack("--max-in-flight", "1", "--max-queue", "1", "--queue-timeout-s", "20") as one:
         for _ in range(3):

@@ -424,9 +424,10 @@ def test_no_event_is_cut() -> None:
 )  # fmt: skip
 def test_usage_is_read(path: str, text: bytes, prompt: int, cached: int, full: int) -> None:
     metrics, noted = Metrics(), context(path)
-    lines = UsageMeter(metrics).note_answer(noted, b"{" + text + b"}")
-    assert (noted.prompt_tokens, noted.cached_tokens) == (prompt, cached)
-    assert lines == b"x-prompt-tokens: %d\r\nx-reused-tokens: %d\r\n" % (prompt, cached)
+    before = b'{"text":"' + b"x" * 1100 + b'",'
+    lines = UsageMeter(metrics).note_answer(noted, before + text + b"}")
+    assert (noted.prompt_tokens, noted.cached_tokens, noted.reused_tokens) == (prompt, cached, cached)
+    assert lines == b"x-prompt-tokens: %d\r\n" % prompt
     values = {name: metrics.values[metrics.index(f"disagg_{name}")] for name in
               ("usage_reports", "prompt_tokens", "reused_tokens", "full_reuse_requests")}  # fmt: skip
     assert values == {"usage_reports": 1, "prompt_tokens": prompt, "reused_tokens": cached, "full_reuse_requests": full}
