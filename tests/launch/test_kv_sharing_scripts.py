@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launch_harness import free_ports, wait_until
 
 from disagg_prefill_lmcache_v1.launch import kv_sharing
 from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY
@@ -210,6 +211,33 @@ def test_redis_is_started_and_asked(model: Path, tmp_path: Path) -> None:
     assert "kv_server is ready" in done.stderr
     assert "stand-in redis" in (tmp_path / "kv_server.log").read_text()
     assert "KV goes by redis://127.0.0.1:" in done.stderr
+
+
+def test_a_password_is_in_no_log_and_no_argument_list(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    (port,) = free_ports(1)
+    words = [sys.executable, str(ROOT / "tests" / "helpers" / "standins" / "standin_server.py"), "redis", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "Redis up")
+            url = f"redis://me:s3cret@127.0.0.1:{port}/0"
+            with subprocess.Popen(
+                [sys.executable, str(SCRIPT), *arguments(model, "--backend", "redis", "--log-dir", str(tmp_path))],
+                env=environment(DISAGG_REMOTE_URL=url), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ) as process:  # fmt: skip
+                assert process.stdout is not None
+                seen: set[bytes] = set()
+                while process.poll() is None:
+                    seen.update(processes().values())
+                output = process.stdout.read()
+        finally:
+            server.kill()
+    assert process.returncode == 0, output
+    assert any(b"kv_sharing_instance" in line for line in seen)
+    assert not [line for line in seen if b"s3cret" in line]
+    for role in ("store", "retrieve"):
+        assert f"role {role}, store redis://me:***@127.0.0.1:{port}/0" in (tmp_path / f"{role}.log").read_text()
+    assert "s3cret" not in output + "".join(path.read_text() for path in tmp_path.glob("*.log"))
 
 
 def test_a_redis_that_does_not_answer_is_named_without_its_password(model: Path) -> None:

@@ -50,7 +50,7 @@ class LLM:
             script = f"(while [ $SECONDS -lt 1 ]; do read -rt 0.1 <> <(:); done) & {script}"
         self.engine = subprocess.Popen(["VLLM::MockEngine", "-c", script], executable="/bin/bash")
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
-        print(f"mock vLLM, role {ROLE}", flush=True)
+        print(f"mock vLLM, role {ROLE}, store {os.environ.get('LMCACHE_REMOTE_URL')}", flush=True)  # as LMCache tells
         if fault("FAIL_START"):
             raise ValueError("mock: no memory\nfor the KV cache")
 
