@@ -15,7 +15,7 @@ from typing import Any
 from kv_stores import Server
 from launch_harness import PACKAGE, REPOSITORY
 
-RUN_S = 240.0
+RUN_S = 420.0
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-model-len", "4096"]
 
 

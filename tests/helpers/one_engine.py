@@ -34,6 +34,7 @@ class Announcements:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{name}")
         self.reused: dict[str, int] = {}
+        self._ended: set[str] = set()
 
     def take(self, count: int) -> list[str]:
         """States of ``count`` requests, when all have been said."""
@@ -46,12 +47,14 @@ class Announcements:
                 self.reused[message["id"]] = message["reused"]
                 continue
             if "state" not in message:
-                begun.add(message["id"])
+                if message["id"] not in self._ended:  # an end may overtake its begin, even into the next step
+                    begun.add(message["id"])
                 continue
             said = ended.setdefault(message["id"], [])
             said.append(message["state"])
             if len(said) < message["ranks"] and message["state"] != "none":
                 begun.add(message["id"])
+        self._ended |= ended.keys()
         return [max(states) for states in ended.values()]
 
 

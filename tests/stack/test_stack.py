@@ -81,6 +81,20 @@ def test_a_corrupted_load_is_noticed(model_folder, tmp_path):
     assert stack.summary["errors"] == 0
 
 
+def test_loads_that_fail_are_no_reuse(model_folder, tmp_path):
+    """A third of the loads fails: vLLM's cached_tokens count them all, the summary does not, and answers stay equal."""
+    stack = Stack(tmp_path, model_folder, "--num-prompts=9", "--input-len=300", "--output-len=8", "--kv-load=always")
+    path = f"{REPOSITORY / 'tests' / 'helpers'}:{os.environ.get('PYTHONPATH', '')}"
+    status = stack.run(KV_CONNECTOR_MODULE="failing_connector", PYTHONPATH=path)
+    assert status == 1, stack.text
+    summary = stack.summary
+    assert (summary["outputs_match"], summary["errors"]) == (True, 0)
+    assert summary["cached_tokens"] == 9 * 299
+    assert summary["reused_tokens"] == 6 * 299
+    assert (summary["full_reuse_requests"], summary["reuse_ratio"]) == (6, 0.6666)
+    assert "is below" in stack.text
+
+
 # a stack that serves
 
 
