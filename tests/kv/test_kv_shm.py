@@ -105,6 +105,20 @@ def test_the_least_recently_used_chunk_goes_first():
     assert index.stats()["evictions"] == 2
 
 
+def test_nothing_is_dropped_for_what_finds_no_room():
+    index, client, reader = Index(100 * ALIGNMENT), shm_index.Client(), shm_index.Client()
+    names = [f"{i:03}" for i in range(100)]
+    for name in names:
+        put(index, client, name)
+    index.pin(reader, ["050"])
+    assert index.reserve(client, [("large", 60 * ALIGNMENT, None)]) == [NO_ROOM]
+    assert (index.stats()["entries"], index.stats()["evictions"]) == (100, 0)
+    assert index.reserve(client, [("fits", 50 * ALIGNMENT, None)])[0] == 0
+    index.release(reader, ["050"])
+    assert index.reserve(client, [("rest", 50 * ALIGNMENT, None)])[0] == 50 * ALIGNMENT
+    assert index.reserve(client, [("more", ALIGNMENT, None)]) == [NO_ROOM], "all of it is being written"
+
+
 def test_of_a_prompt_the_last_chunk_goes_first():
     index, client = Index(4 * ALIGNMENT), shm_index.Client()
     put(index, client, *"abcd")

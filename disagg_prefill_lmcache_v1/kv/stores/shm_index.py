@@ -83,6 +83,7 @@ class Index:
         self._space = Space(size)
         self._entries: dict[str, Entry] = {}
         self._evictable: OrderedDict[str, Entry] = OrderedDict()  # committed, not pinned; least recently used first
+        self._held: dict[str, Entry] = {}  # being written or read: they stay where they are
 
     def reserve(self, client: Client, wanted: Sequence[tuple[str, int, Any]]) -> list[int]:
         """Room for chunks of (key, bytes, meta): for each its offset, or PRESENT, BUSY (being written) or NO_ROOM."""
@@ -98,11 +99,13 @@ class Index:
         if offset is None:
             return NO_ROOM
         self.used += size
-        self._entries[key] = client.reserved[key] = Entry(offset, size, length, meta)
+        self._entries[key] = self._held[key] = client.reserved[key] = Entry(offset, size, length, meta)
         return offset
 
     def _place(self, size: int) -> int | None:
         offset = self._space.take(size)
+        if offset is None and size > self._largest_gap():
+            return None  # nothing is dropped for a chunk that finds no room anyway
         while offset is None and self._evictable:
             key, entry = self._evictable.popitem(last=False)
             self.evictions += 1
@@ -111,8 +114,17 @@ class Index:
                 offset = self._space.take(size)
         return offset
 
+    def _largest_gap(self) -> int:
+        """The largest part of the memory without a chunk that is being written or read."""
+        largest = end = 0
+        for entry in sorted(self._held.values(), key=lambda entry: entry.offset):
+            largest = max(largest, entry.offset - end)
+            end = entry.offset + entry.size
+        return max(largest, self.size - end)
+
     def _free(self, key: str, entry: Entry) -> tuple[int, int]:
         del self._entries[key]
+        self._held.pop(key, None)
         self.used -= entry.size
         return self._space.give(entry.offset, entry.size)
 
@@ -126,6 +138,7 @@ class Index:
                 continue
             entry.committed = True
             self._evictable[key] = entry
+            del self._held[key]
         return unknown
 
     def abort(self, client: Client, keys: Sequence[str]) -> None:
@@ -158,6 +171,7 @@ class Index:
                 found.append(None)
                 continue
             self._evictable.pop(key, None)
+            self._held[key] = entry
             entry.pins += 1
             client.pins[key] = client.pins.get(key, 0) + 1
             found.append((entry.offset, entry.length, entry.meta))
@@ -176,6 +190,7 @@ class Index:
             del client.pins[key]
         if not entry.pins:
             self._evictable[key] = entry
+            del self._held[key]
 
     def remove(self, client: Client, keys: Sequence[str]) -> int:
         """Forget chunks that nobody is reading or writing; returns how many."""
