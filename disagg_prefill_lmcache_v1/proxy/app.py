@@ -12,6 +12,7 @@ from fastapi import Response as FastAPIResponse
 from fastapi.responses import JSONResponse
 
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
+from disagg_prefill_lmcache_v1.proxy.adapters import AdapterStage
 from disagg_prefill_lmcache_v1.proxy.client_parser import ClientLimits
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
@@ -73,7 +74,8 @@ def _build(
     pools = app.state.pools = (Pool(PREFILL, prefillers, settings, metrics), Pool(DECODE, decoders, settings, metrics))
     prefill = PrefillStage(settings, pools[0], metrics)
     decode = DecodeStage(settings, pools[1], metrics)
-    handler = RequestHandler(settings, metrics, access_log, prefill, decode, functools.partial(_call, app))
+    adapters = AdapterStage(pools, settings.prefill_timeout_s)
+    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, functools.partial(_call, app))
     values = metrics.values
     upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,

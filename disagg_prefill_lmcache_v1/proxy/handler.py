@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from disagg_prefill_lmcache_v1.proxy import bodies
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
+from disagg_prefill_lmcache_v1.proxy.adapters import LOAD, UNLOAD, AdapterStage
 from disagg_prefill_lmcache_v1.proxy.admission import Admission
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on, send_error
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
@@ -41,13 +42,14 @@ class RequestHandler:
 
     def __init__(
         self, settings: Settings, metrics: Metrics, access_log: AccessLog | None, prefill: PrefillStage,
-        decode: DecodeStage, own_route: OwnRoute,
+        decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._metrics = metrics
         self._access_log = access_log
         self._prefill = prefill
         self._decode = decode
+        self._adapters = adapters
         self._own_route = own_route
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
@@ -128,7 +130,8 @@ class RequestHandler:
             else:
                 if body and not self._settings.trusted_kv_transfer_params:
                     _refuse_steering(steering_field_of(body))
-                await self._decode.run(client, request, body)
+                all_servers = request.method == "POST" and request.path in (LOAD, UNLOAD)
+                await (self._adapters if all_servers else self._decode).run(client, request, body)
         finally:
             if admission is not None:
                 admission.leave()
