@@ -92,7 +92,8 @@ def install_extra(supervisor: Supervisor, interpreter: Interpreter, profile: Pro
         raise Failure(f"cannot read the extra '{extra}' of {PYPROJECT} with {python}")
     packages = [line for line in answer.stdout.splitlines() if line]
     if packages:
-        supervisor.run_step(f"installing {' '.join(packages)}", [*pip, "install", *packages], os.environ, log)
+        info(f"packages to install: {' '.join(packages)}")
+        supervisor.run_step(f"installing the packages of '{extra}'", [*pip, "install", *packages], os.environ, log)
     if servers:
         supervisor.run_step("removing CUDA builds", [*pip, "uninstall", "-y", *CUDA_BUILDS], os.environ, log)
 
