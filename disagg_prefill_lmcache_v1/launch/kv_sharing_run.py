@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from disagg_prefill_lmcache_v1.launch.kv_sharing import (
     server_command,
     settings_class,
 )
+from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import (
     CONSOLE,
@@ -132,7 +134,7 @@ class Sharing:
         other = self._random_tokens(len(prompt))
         other = (other * (len(prompt) // len(other) + 1))[: len(prompt)]
 
-        stored = self._store("warming up the store instance", warm_up, 2)
+        self._store("warming up the store instance", warm_up, 2)
         self._ask("retrieve", "warming up the retrieve instance", "generate", token_ids=warm_up, max_tokens=2)
         stored = self._store("storing", prompt, settings.max_tokens)
         info(f"{len(prompt)} tokens are in the store; the first instance ends")
@@ -179,8 +181,11 @@ class Sharing:
         info("both instances are ready")
 
     def _await_start(self, role: str) -> None:
-        self._receive(role, float(self.plan.profile.get("READY_TIMEOUT")), f"waiting for the {role} instance to start")
-        self._instances[role].watch_engines()
+        instance, timeout_s = self._instances[role], float(self.plan.profile.get("READY_TIMEOUT"))
+        log = self.plan.run_dir / f"{role}.log"
+        start = Target(instance.child, 0, problem=lambda: start_problem(log))
+        self._receive(role, timeout_s, f"waiting for the {role} instance to start", start)
+        instance.watch_engines()
 
     # --- operations
 
@@ -194,10 +199,8 @@ class Sharing:
         return self._tokens(" ".join(words), count)
 
     def _store(self, what: str, tokens: list[int], max_tokens: int) -> dict[str, Any]:
-        timeout = self.plan.settings.timeout
-        return self._ask(
-            "store", what, "generate", token_ids=tokens, max_tokens=max_tokens, visible_within_s=timeout
-        )  # fmt: skip
+        wait = {"visible_within_s": self.plan.settings.timeout}
+        return self._ask("store", what, "generate", token_ids=tokens, max_tokens=max_tokens, **wait)
 
     def _ask(self, role: str, what: str, operation: str, **arguments: Any) -> dict[str, Any]:
         self._instances[role].send(operation, **arguments)
@@ -205,13 +208,18 @@ class Sharing:
         steps = 2 if "visible_within_s" in arguments else 1
         return self._receive(role, steps * self.plan.settings.timeout, what)
 
-    def _receive(self, role: str, timeout_s: float, what: str) -> dict[str, Any]:
-        """The next answer. Raises Failure on an error, at the deadline, and when any process has ended."""
+    def _receive(self, role: str, timeout_s: float, what: str, start: Target | None = None) -> dict[str, Any]:
+        """The next answer. Raises Failure on an error, at the deadline, and when any process has ended.
+
+        ``start``: an instance that starts, whose log is looked into.
+        """
         instance = self._instances[role]
         with Progress() as progress:
             while (answer := instance.answer()) is None:
                 if progress.elapsed_s > timeout_s:
                     raise Failure(f"{what} took longer than {timeout_s:g} s", instance.child.log)
+                if start:
+                    start.check(time.monotonic())
                 progress.show(what)
                 self._tick()
         return answer

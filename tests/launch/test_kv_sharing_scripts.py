@@ -128,6 +128,12 @@ def test_what_goes_wrong_is_named_and_ends_both(model: Path, fault: str, value: 
         assert "mock: about to be killed" in done.stderr, "the log's end is not shown"
 
 
+def test_an_instance_whose_engine_failed_at_start_is_noticed_though_it_goes_on(model: Path) -> None:
+    done = run(model, MOCK_LINGER=f"retrieve:{Path(__file__).parent / 'logs' / 'hanging.log'}")
+    assert done.returncode == 1
+    assert "failed: retrieve cannot start: ImportError: libucp.so.0: cannot open" in done.stderr.splitlines()[-1]
+
+
 def test_a_step_that_hangs_ends_at_its_deadline(model: Path) -> None:
     done = run(model, "--timeout", "0.5", MOCK_HANG="retrieve")
     assert done.returncode == 1

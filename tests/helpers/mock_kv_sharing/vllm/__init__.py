@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,9 @@ class LLM:
         self.engine = subprocess.Popen(["VLLM::MockEngine", "-c", script], executable="/bin/bash")
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
         print(f"mock vLLM, role {ROLE}, store {os.environ.get('LMCACHE_REMOTE_URL')}", flush=True)  # as LMCache tells
+        if log := fault("LINGER"):  # as vLLM does when a thread of its failed engine is left
+            print(Path(log).read_text(), flush=True)
+            time.sleep(600)
         if fault("FAIL_START"):
             raise ValueError("mock: no memory\nfor the KV cache")
 
