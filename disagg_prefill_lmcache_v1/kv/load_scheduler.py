@@ -35,7 +35,8 @@ class LoadRequest:
     Attributes:
         token_ids: that the store has, from the first on; their chunks' keys come from them.
         block_ids: vLLM's blocks of the first ``end`` tokens.
-        cached: tokens that vLLM has; their blocks may be in use.
+        cached: tokens that vLLM has, in whole blocks that others may use.
+        cached_blocks: these are so many.
         end: tokens that count as computed when they are loaded. The prompt's last one may have no block yet.
         step: number of the step that began it.
     """
@@ -44,9 +45,15 @@ class LoadRequest:
     token_ids: list[int]
     block_ids: list[int]
     cached: int
+    cached_blocks: int
     end: int
     request_configs: dict[str, Any] | None = None
     step: int = 0
+
+    @property
+    def loaded_blocks(self) -> list[int]:
+        """The blocks that are written to: nobody else's."""
+        return self.block_ids[self.cached_blocks :]
 
 
 @dataclass

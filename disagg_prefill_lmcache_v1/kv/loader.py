@@ -56,12 +56,12 @@ class BackgroundLoader:
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def _run(self, request: LoadRequest, begin: Any) -> None:
-        failed = set(request.block_ids)
+        failed = set(request.loaded_blocks)
         try:
             with self._on_own_stream(begin):
                 failed = self._load(request)
         except BaseException as error:
-            failed = set(request.block_ids)
+            failed = set(request.loaded_blocks)
             logger.error("KV of request %s is not loaded: %s: %s", request.request_id, type(error).__name__, error)
         self._ended.append((request, failed))
 

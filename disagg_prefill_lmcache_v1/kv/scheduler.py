@@ -73,6 +73,7 @@ class DisaggScheduler:
             _chunk_tokens(request, spec.lmcache_cached_tokens),
             block_ids[: -(-end // self._impl._block_size)],
             spec.vllm_cached_tokens,
+            spec.vllm_cached_tokens // self._impl._block_size,
             end,
             extract_request_configs_from_sampling_params(request.sampling_params),
         )
@@ -89,7 +90,7 @@ class DisaggScheduler:
             output.kv_connector_stats = None  # the totals follow by get_kv_connector_stats
         if output.invalid_block_ids and self._loading:
             for load in self._loading.values():
-                if not output.invalid_block_ids.isdisjoint(load.block_ids):
+                if not output.invalid_block_ids.isdisjoint(load.loaded_blocks):
                     self._failed.add(load.request_id)
         for request_id in output.finished_recving or ():
             self._loading.pop(request_id, None)

@@ -190,8 +190,8 @@ def test_layerwise_loads_without_attention_metadata_are_reported():
     assert connector.get_block_ids_with_load_errors() == {1, 2}
 
 
-def load_request(name, blocks=(4, 5), end=2 * BLOCK):
-    return LoadRequest(name, [0] * end, list(blocks), 0, end, step=3)
+def load_request(name, blocks=(4, 5), end=2 * BLOCK, cached_blocks=0):
+    return LoadRequest(name, [0] * end, list(blocks), cached_blocks * BLOCK, cached_blocks, end, step=3)
 
 
 def test_the_engine_goes_on_while_a_load_runs():
@@ -220,7 +220,7 @@ def test_what_a_load_lacks_is_told_no_later_than_its_end():
         return {5}
 
     loader = BackgroundLoader(load, torch.device("cpu"))
-    loader.start([load_request("part"), load_request("raises", blocks=(7, 8))])
+    loader.start([load_request("part"), load_request("raises", blocks=(7, 8), cached_blocks=1)])
     ended = {}
 
     def all_ended():
@@ -228,7 +228,7 @@ def test_what_a_load_lacks_is_told_no_later_than_its_end():
         return len(ended) == 2
 
     wait_until(all_ended, "both have ended", 10)
-    assert ended == {"part": {5}, "raises": {7, 8}}
+    assert ended == {"part": {5}, "raises": {8}}, "block 7 is vLLM's own, perhaps of a request that is running"
     loader.close()
 
 

@@ -267,7 +267,7 @@ def test_a_load_that_ended_is_told_without_a_forward_pass():
     connector = object.__new__(LMCacheDisaggConnectorV1)
     connector._lmcache_engine = SimpleNamespace(get_block_ids_with_load_errors=set)
     worker = connector._worker = make_worker(engine)
-    load = LoadRequest("r", list(range(100)), [7, 3, 9, 4], 0, 99)
+    load = LoadRequest("r", list(range(100)), [7, 3, 9, 4], 0, 0, 99)
     worker.step_begin(StepMetadata(1, 0, ["q"], [load]))
     worker.start_load([])
     finished = set()
