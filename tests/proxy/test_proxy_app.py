@@ -549,12 +549,14 @@ def test_tls(tmp_path: Any) -> None:
                "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.create_default_context(cafile=certificate)
-    with stack("--ssl-keyfile", key, "--ssl-certfile", certificate) as made:
+    with stack("--ssl-keyfile", key, "--ssl-certfile", certificate, "--max-body-bytes", "100000") as made:
         url = f"https://127.0.0.1:{made.proxy.port}{COMPLETIONS}"
         with httpx.Client(verify=context) as client:
             assert client.post(url, json={"prompt": "x"}).status_code == 200
             streamed = client.post(url, json={"prompt": "x", "stream": True})
             assert streamed.content.endswith(b"data: [DONE]\n\n")
+            long = client.post(url, json={"prompt": "x" * 3_000_000})
+            assert_openai_error(long, 413, "proxy")
 
 
 # -- signals
