@@ -144,7 +144,7 @@ class Engine:
         await send({"type": "http.response.body", "body": b"two", "more_body": False})
 
 
-async def answer(engine, headers=((b"x-request-id", b"abc"),), go=True):
+async def answer(engine, headers=((b"x-request-id", b"abc"),), go=True, middleware=None):
     sent = []
 
     async def send(message):
@@ -153,7 +153,7 @@ async def answer(engine, headers=((b"x-request-id", b"abc"),), go=True):
     if go:
         engine.go.set()
     scope = {"type": "http", "path": "/v1/completions", "headers": list(headers)}
-    await asyncio.wait_for(TellReuse(engine)(scope, None, send), 10)
+    await asyncio.wait_for((middleware or TellReuse(engine))(scope, None, send), 10)
     body = b"".join(message.get("body", b"") for message in sent)
     return {k.decode(): v.decode() for k, v in sent[0]["headers"]}, body
 
@@ -217,5 +217,18 @@ def test_a_request_without_an_id_gets_one(name):
     async def scenario():
         headers, _ = await answer(Engine(name), headers=())
         assert headers["x-kv-reused-tokens"] == "100"
+
+    asyncio.run(scenario())
+
+
+def test_a_second_api_server_of_the_engine_answers_without_the_number(name):
+    async def scenario():
+        first, second = TellReuse(Engine(name)), TellReuse(Engine(name))
+        assert first._listens()
+        for _ in range(2):
+            engine = Engine(name)
+            second._app = engine
+            headers, body = await answer(engine, middleware=second)
+            assert (headers, body) == ({"content-type": "application/json"}, b"onetwo")
 
     asyncio.run(scenario())
