@@ -26,6 +26,7 @@ class Upstream:
         "checked",
         "client",
         "failures",
+        "healthy",
         "host_line",
         "in_flight",
         "kv_degraded",
@@ -33,6 +34,7 @@ class Upstream:
         "open_until",
         "refusing",
         "role",
+        "sick",
         "suspect",
         "up",
     )
@@ -46,22 +48,24 @@ class Upstream:
         self.host_line = b"host: " + self.authority.encode() + b"\r\n"
         self.in_flight = 0
         self.kv_degraded = False  # its KV caches do not reach the store
-        self.up = True
-        self.checked: bool | None = None  # result of the last health check
+        self.up = True  # gets requests: nothing speaks against it
+        self.healthy = False  # has passed a check or answered, and nothing has spoken against it since
+        self.checked = False  # at least once
         self.suspect = False  # a request failed: check soon
         self.failures = 0
         self.open_until = 0.0
+        self.sick = False  # its /health says so, whatever it answers to requests
         self.refusing = False  # connections are refused, which costs no time: it may be tried all the same
 
     def note_answer(self) -> None:
-        """A request got an answer: the server takes connections again."""
-        if self.refusing:
+        """A request got an answer: a check that got none was wrong, or the server is back."""
+        if self.failures and not self.sick:
             self._passed("it answers")
 
     def note_error(self, error: UpstreamError) -> None:
         """A request failed: no connection counts, all else is a reason to check."""
         if error.kind in ("refused", "unreachable"):
-            self._failed(str(error), refused=error.kind == "refused")
+            self._failed(str(error), refused=error.kind == "refused", sick=self.sick)
         elif error.kind not in ("exhausted", "client_stalled"):
             self.suspect = True
 
@@ -69,22 +73,22 @@ class Upstream:
         """Ask the server for its /health, on a connection of its own, and note the result."""
         self.suspect = False
         request = b"GET /health HTTP/1.1\r\n" + self.host_line + b"connection: close\r\n\r\n"
-        reason, refused = "", False
+        reason, refused, sick = "", False, False
         try:
             response = await asyncio.wait_for(self.client.request(request, fresh=True), timeout_s)
             if not response.complete:
                 response.connection.abort()
             if response.status != 200:
-                reason = f"/health answers {response.status}"
+                reason, sick = f"/health answers {response.status}", True
         except UpstreamError as error:
             if error.kind == "exhausted":
                 return  # which says nothing of the server
             reason, refused = str(error), error.kind == "refused"
         except (TimeoutError, asyncio.TimeoutError):
             reason = f"no answer to /health within {timeout_s:g} s"
-        self.checked = not reason
+        self.checked = True
         if reason:
-            self._failed(reason, refused)
+            self._failed(reason, refused, sick)
         else:
             self._passed("it is healthy")
 
@@ -95,14 +99,16 @@ class Upstream:
     def _passed(self, reason: str) -> None:
         self.failures = 0
         self.open_until = 0.0
-        self.refusing = False
+        self.refusing = self.sick = False
+        self.healthy = True
         self._set_up(True, reason)
 
-    def _failed(self, reason: str, refused: bool) -> None:
+    def _failed(self, reason: str, refused: bool, sick: bool) -> None:
         self.failures += 1
-        self.refusing = refused
+        self.refusing, self.sick = refused, sick
         if refused or self.failures >= CIRCUIT_FAILURES:
             self.open_until = self._time() + self.back_off_s()
+            self.healthy = False
             self._set_up(False, reason)
 
     def _set_up(self, up: bool, reason: str) -> None:

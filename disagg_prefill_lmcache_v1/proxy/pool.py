@@ -116,11 +116,11 @@ class Pool:
     # -- health
 
     async def health(self) -> dict[str, bool]:
-        """Whether each server is healthy, by its URL, as the last checks found it."""
+        """Whether each server is healthy, by its URL, as far as is known; waits for the first checks."""
         deadline = self._time() + self._settings.health_timeout_s
-        while any(u.checked is None for u in self.upstreams) and self._time() < deadline:
+        while not all(u.checked for u in self.upstreams) and self._time() < deadline:
             await asyncio.sleep(_WATCH_S / 10)
-        return {u.name: u.up and bool(u.checked) for u in self.upstreams}
+        return {u.name: u.healthy for u in self.upstreams}
 
     async def watch(self) -> None:
         """Check all servers for ever."""

@@ -34,7 +34,7 @@ def test_workers_are_added_up_and_a_state_is_the_largest(slots: list[int]) -> No
     for metrics, number in ((first, 1), (second, 2)):
         metrics.add("disagg_retries", "decode", by=number)
         metrics.set("disagg_in_flight", "decode", to=number)
-        metrics.set("disagg_kv_degraded", to=number - 1)
+        metrics.set("disagg_kv_degraded", to=1.0)
         metrics.observe(metrics.index("disagg_ttft_seconds"), number)
     for metrics in (first, second):
         found = shown(metrics)

@@ -13,8 +13,8 @@ from disagg_prefill_lmcache_v1.proxy import pool as proxy_pool
 from disagg_prefill_lmcache_v1.proxy.health import BACK_OFF_S, CIRCUIT_FAILURES, Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import PREFILL, Pool
-from disagg_prefill_lmcache_v1.proxy.settings import Settings
-from disagg_prefill_lmcache_v1.proxy.upstream import UpstreamError
+from disagg_prefill_lmcache_v1.proxy.settings import Settings, parse_url
+from disagg_prefill_lmcache_v1.proxy.upstream import Response, UpstreamError
 
 REFUSED = UpstreamError("refused", "connection refused", taken=False)
 URLS = [f"http://127.0.0.1:{port}" for port in (1001, 1002, 1003)]
@@ -69,11 +69,11 @@ def test_a_failing_server_is_left_alone_for_longer_and_longer() -> None:
         for upstream in (pool, *pool.upstreams):
             upstream._time = lambda: now
         for _ in range(CIRCUIT_FAILURES - 1):
-            bad._failed("/health answers 500", False)
+            bad._failed("/health answers 500", refused=False, sick=True)
             assert pool.choose() is bad
         waits = []
         for _ in range(len(BACK_OFF_S)):
-            bad._failed("/health answers 500", False)
+            bad._failed("/health answers 500", refused=False, sick=True)
             assert not bad.up
             assert pool.choose() in others
             waits.append(bad.open_until - now)
@@ -82,6 +82,11 @@ def test_a_failing_server_is_left_alone_for_longer_and_longer() -> None:
         bad.note_answer()  # to a request: its health checks fail all the same
         assert pool.choose() in others
         bad._passed("it is healthy")
+        assert pool.choose() is bad
+        for _ in range(CIRCUIT_FAILURES):
+            bad._failed("no answer to /health within 5 s", refused=False, sick=False)
+        assert pool.choose() in others
+        bad.note_answer()  # it is busy, not dead
         assert pool.choose() is bad
         bad.note_error(REFUSED)  # no doubt here: once is enough
         assert pool.choose() in others
@@ -134,3 +139,79 @@ def test_a_server_that_is_gone_takes_its_trouble_with_the_store_along() -> None:
         assert text.count(b"disagg_upstream_up{") == 1
 
     with_pool(use)
+
+
+# -- health checks
+
+
+class Answers:
+    """Stands for a server's client: each request gets the next of these answers."""
+
+    address = parse_url(URLS[0], "test")
+
+    def __init__(self, *answers: int | Exception) -> None:
+        self.answers = list(answers)
+        self.aborted = 0
+        self.requests: list[bytes] = []
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+    async def request(self, request: bytes, *, fresh: bool) -> Response:
+        assert fresh
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer == 0:
+            await asyncio.Event().wait()
+        response = Response(self)  # type: ignore[arg-type]
+        response.status = answer
+        response.complete = answer != 200
+        return response
+
+
+def checked(*answers: int | Exception) -> tuple[Upstream, Answers]:
+    async def run() -> tuple[Upstream, Answers]:
+        client = Answers(*answers)
+        upstream = Upstream("decode", client)  # type: ignore[arg-type]
+        for _ in answers:
+            upstream.suspect = True
+            await upstream.check(0.01)
+            assert not upstream.suspect
+        return upstream, client
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("answers", "up", "healthy"),
+    [
+        ([200], True, True),
+        ([503], True, False),
+        ([200, 503, 503], True, True),
+        ([200, 503, 503, 503], False, False),
+        ([200, 0, 0, 0], False, False),
+        (
+            [200, UpstreamError("lost", "x"), UpstreamError("unreachable", "x"), UpstreamError("protocol", "x")],
+            False,
+            False,
+        ),
+        ([200, REFUSED], False, False),
+        ([503, 503, 503, 200], True, True),
+        ([200, *[UpstreamError("exhausted", "x", taken=False)] * 5], True, True),
+    ],
+)
+def test_checks(answers: list[int | Exception], up: bool, healthy: bool) -> None:
+    upstream, client = checked(*answers)
+    assert (upstream.up, upstream.healthy, upstream.checked) == (up, healthy, True)
+    assert set(client.requests) == {b"GET /health HTTP/1.1\r\nhost: 127.0.0.1:1001\r\nconnection: close\r\n\r\n"}
+    assert client.aborted == answers.count(200)  # their bodies are not waited for
+    was_sick = 503 in answers[-1:]
+    upstream.note_answer()
+    assert upstream.up == (up or not was_sick)
+
+
+def test_a_shortage_of_the_proxys_own_is_no_check() -> None:
+    upstream, _ = checked(UpstreamError("exhausted", "x", taken=False))
+    assert not upstream.checked

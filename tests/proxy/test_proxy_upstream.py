@@ -304,6 +304,37 @@ def test_no_answer_times_out() -> None:
     asyncio.run(run())
 
 
+def test_limits_count_from_the_request_and_not_while_the_proxy_itself_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        client = client_of()
+        now = client.loop.time()
+        monkeypatch.setattr(client.loop, "time", lambda: now)
+        now += 100.0
+        client.sweep(100.0)
+        now += 0.5
+        connection = Connection(client, 4096)
+        connection.connection_made(FakeTransport())
+        connection.set_idle(now)
+        client._idle[connection] = None
+        task = asyncio.ensure_future(client.request(REQUEST, limits=Limits(begin_s=5.0)))
+        await asyncio.sleep(0)
+        assert connection in client.active
+        now += 60.0  # of which the proxy was stopped for all but one
+        client.sweep(1.0)
+        now += 4.4
+        client.sweep(4.4)
+        await asyncio.sleep(0)
+        assert not task.done()
+        now += 0.2
+        client.sweep(0.2)
+        with pytest.raises(UpstreamError, match="no answer within 5 s"):
+            await task
+
+    asyncio.run(run())
+
+
 def test_limits_of_an_answer_hold_however_slowly_it_comes() -> None:
     async def run(limits: Limits, reads: list[bytes]) -> UpstreamError | Response | None:
         client = client_of()
