@@ -129,7 +129,7 @@ class DisaggWorker:
                 slots = slots[: spec.lmcache_cached_tokens]
                 missing = self.load(request.req_id, tokens, slots, cached, configs)
                 if len(tokens) < spec.lmcache_cached_tokens:  # the rest has no slots here: all of it is computed
-                    missing[:] = True
+                    missing[cached:] = True
                 failed = slots[missing] // self._block_size
                 self.meter.used(request.req_id, used_tokens(missing, cached, self._block_size))
                 self.failed_blocks.update(failed.unique().tolist())
