@@ -577,6 +577,8 @@ def test_first_signal_drains(number: int) -> None:
         connection, response = streaming(made, 0.02, 30)
         made.proxy.process.send_signal(number)
         assert response.read().endswith(b"data: [DONE]\n\n")
+        connection.sock.settimeout(5)
+        assert connection.sock.recv(1) == b""  # no further request is awaited
         connection.close()
         assert made.proxy.process.wait(DEADLINE_S) == -number
         with pytest.raises(ConnectionRefusedError):
