@@ -194,9 +194,16 @@ def test_requests_that_the_proxy_refuses(plain: Stack) -> None:
 
 
 def test_json_that_is_no_object_is_the_decoders_to_refuse(plain: Stack) -> None:
-    before = plain.prefill.served
+    skipped = lambda reason: metric(plain, f'disagg_prefill_skipped_total{{reason="{reason}"}}')  # noqa: E731
+    before = (plain.prefill.served, skipped("no_prompt"), skipped("stored_response"))
     assert post(plain, COMPLETIONS, b"[1]").status_code == 200  # the mock takes anything
-    assert plain.prefill.served == before
+    assert (plain.prefill.served, skipped("no_prompt"), skipped("stored_response")) == (
+        before[0],
+        before[1] + 1,
+        before[2],
+    )
+    assert post(plain, "/v1/responses", {"input": "x", "previous_response_id": "r"}).status_code == 200
+    assert (plain.prefill.served, skipped("stored_response")) == (before[0], before[2] + 1)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
