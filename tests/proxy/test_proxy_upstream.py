@@ -431,6 +431,36 @@ def test_a_request_on_a_reused_connection_that_ends_tells_whether_it_was_taken(
     listener.close()
 
 
+def test_a_closed_client_ends_idle_connections_now_and_busy_ones_after_their_answer() -> None:
+    ends: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK + b"content-length: 2\r\n\r\nhi")
+        request = await reader.read(1000)
+        if request:
+            while not ends:  # until the other connection has ended
+                await asyncio.sleep(0.001)
+            writer.write(OK + b"content-length: 2\r\n\r\nho")
+            request = await reader.read()
+        ends.append(request)
+        writer.close()
+
+    async def use(client: Client) -> None:
+        await asyncio.gather(client.request(REQUEST), client.request(REQUEST))
+        assert client.idle_connections == 2
+        busy = asyncio.create_task(client.request(REQUEST))
+        while not client.active:
+            await asyncio.sleep(0)
+        client.close()
+        assert client.idle_connections == 0
+        assert (await busy).body == b"ho"
+        while ends != [b"", b""]:
+            await asyncio.sleep(0.001)
+
+    with_server(handler, use)
+
+
 def test_a_new_connection_that_closes_is_an_error() -> None:
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -460,7 +490,7 @@ def test_a_connection_that_ends_before_it_is_used_is_an_error(monkeypatch: pytes
         monkeypatch.setattr(client, "_connect", connect_and_lose)
         with pytest.raises(UpstreamError) as caught:
             await asyncio.wait_for(client.request(REQUEST), 1)
-        assert caught.value.kind == "lost"
+        assert (caught.value.kind, caught.value.taken) == ("lost", False)
         assert not client.active
 
     with_server(handler, use)
