@@ -67,7 +67,8 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
                 choose_copy(vllm_config, settings.copy)  # refuses what cannot be copied
             super().__init__(vllm_config, role, kv_cache_config)
             if role != KVConnectorRole.WORKER:
-                loads = LoadScheduler(LoadPolicy(settings.load), vllm_config.parallel_config.world_size)
+                policy = LoadPolicy(settings.load, beside=async_load)
+                loads = LoadScheduler(policy, vllm_config.parallel_config.world_size)
                 kv_role = vllm_config.kv_transfer_config.kv_role
                 self._scheduler = DisaggScheduler(self._lmcache_engine, kv_role, loads, announcer, async_load)
                 how = "beside the engine's steps" if async_load else "in the engine's steps"

@@ -99,7 +99,8 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
             self._held: set[str] = set()  # finished requests whose blocks wait for the workers' word
             self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
             self._reuse = ReuseAccount(self._announcer, self._ranks)
-            self._load_scheduler = LoadScheduler(LoadPolicy(from_environment().load), self._ranks)
+            policy = LoadPolicy(from_environment().load, beside=True)
+            self._load_scheduler = LoadScheduler(policy, self._ranks)
             adapter = self.scheduler_adapter
             self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
             adapter.req_clients = dict(zip(adapter.req_clients, self._clients, strict=True))

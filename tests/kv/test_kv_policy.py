@@ -49,6 +49,15 @@ def test_the_mode_comes_from_the_environment_and_is_auto_by_default(monkeypatch)
         from_environment()
 
 
+@pytest.mark.parametrize(("beside", "load_s", "loads"), [(False, 1.1, False), (True, 2.9, True), (True, 3.1, False)])
+def test_a_load_beside_the_steps_may_take_longer_than_computing(beside, load_s, loads):
+    policy = LoadPolicy("auto", beside)
+    policy.record_compute(300, 1.0)
+    for _ in range(kv_policy.LOADS_TRUSTED):
+        policy.record_load(300, load_s)
+    assert policy.decide(300) is loads
+
+
 def test_what_is_not_known_is_loaded():
     policy = LoadPolicy("auto")
     assert policy.decide(300)
