@@ -72,6 +72,7 @@ class ClientConnection(asyncio.Protocol):
             self._timer.cancel()
         request, self._request = self._request, None
         if request is not None:
+            self._server.tasks.discard(request.task)
             request.hung_up()
 
     def pause_writing(self) -> None:
@@ -131,7 +132,6 @@ class ClientConnection(asyncio.Protocol):
         self._request = request
         request.task = task = self._loop.create_task(self._handler(request))
         self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
 
     def want_body(self, request: ClientRequest) -> None:
         """Read the request's body from now on."""
@@ -145,6 +145,7 @@ class ClientConnection(asyncio.Protocol):
         if self._request is not request:
             return  # the connection has ended
         self._request = None
+        self._server.tasks.discard(request.task)
         self._timed_head = False
         self._server.total_requests += 1
         if not request.keep_alive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,7 @@ def _header(name: bytes, value: bytes) -> Header:
     return header
 
 
+@functools.lru_cache(maxsize=64)
 def split_target(url: bytes) -> tuple[str, bytes] | None:
     """Decoded path, and target in origin form, of a request line's target; None for a form that is not taken."""
     if url[:1] != b"/" and url != b"*":
