@@ -4,10 +4,10 @@ PYTHON ?= .venv/bin/python
 
 .PHONY: check fix test
 check:
-	$(PYTHON) -m pytest -q tests/house
+	$(PYTHON) -m pytest -q tests/repository
 fix:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(PYTHON) tests/house/tables.py --write
+	$(PYTHON) tests/repository/tables.py --write
 test:
 	bash tests/run.sh

@@ -1,6 +1,6 @@
 """The settings tables in docs/, which are made from the code.
 
-    python tests/house/tables.py [--write]
+    python tests/repository/tables.py [--write]
 
 A place for one looks like ``<!-- table MODULE:CLASS PREFIX -->`` and ends with ``<!-- end -->``; instead of the class a
 mapping of several classes may stand there. Without --write it is only told which page is out of date (exit status 1).
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         if new != old and "--write" in arguments:
             page.write_text(new, encoding="utf-8")
         elif new != old:
-            print(f"{page.relative_to(ROOT)} is not what the code says: python tests/house/tables.py --write")
+            print(f"{page.relative_to(ROOT)} is not what the code says: python tests/repository/tables.py --write")
             status = 1
     return status
 

@@ -57,7 +57,7 @@ def test_the_readme_names_every_script_and_configuration() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=name)
 def test_tables_are_those_of_the_code(page: Path) -> None:
-    assert tables.fill(page.read_text()) == page.read_text(), "python tests/house/tables.py --write"
+    assert tables.fill(page.read_text()) == page.read_text(), "python tests/repository/tables.py --write"
 
 
 def test_every_module_with_settings_has_its_table() -> None:

@@ -20,7 +20,7 @@ SCRIPTS = sorted(
 FILES = {"python": ["."], "shell": SCRIPTS}
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook["id"] != "house"], ids=lambda hook: hook["id"])
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook["id"] != "repository"], ids=lambda hook: hook["id"])
 def test_linter(hook: dict[str, Any]) -> None:
     program, *arguments = hook["entry"].split()
     program = str(Path(sys.executable).parent / program.removeprefix(".venv/bin/"))
@@ -31,7 +31,7 @@ def test_linter(hook: dict[str, Any]) -> None:
 
 
 def test_there_is_something_to_lint() -> None:
-    assert {hook["id"] for hook in HOOKS} >= {"ruff-check", "ruff-format", "shellcheck", "imports", "house"}
+    assert {hook["id"] for hook in HOOKS} >= {"ruff-check", "ruff-format", "shellcheck", "imports", "repository"}
     assert len(SCRIPTS) >= 6
 
 
