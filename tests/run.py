@@ -1,4 +1,4 @@
-"""Sets up what the tests need and runs pytest, which runs the linters too (tests/repository). Standard library alone."""
+"""Sets up what the tests need and runs pytest, which runs the linters too (tests/repository). Standard library."""
 
 from __future__ import annotations
 
