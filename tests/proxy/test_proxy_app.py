@@ -623,6 +623,7 @@ def test_drain_has_a_deadline() -> None:
         with pytest.raises(http.client.IncompleteRead) as caught:
             response.read()
         assert b"shutting down" in caught.value.partial
+        assert b'"code": 503' in caught.value.partial
         connection.close()
         made.proxy.process.wait(DEADLINE_S)
 

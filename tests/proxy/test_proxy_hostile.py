@@ -246,6 +246,18 @@ def test_a_later_request_that_drips_is_ended(made: Stack, second: bytes, status:
     assert received[9:12] == status
 
 
+def test_a_slow_body_that_keeps_coming_is_taken(made: Stack) -> None:
+    """Each part in time and 1 KiB/s on the whole: longer than the timeout in all."""
+    part, count = b" " * 2048, 6
+    with made.proxy.connect() as sock:
+        sock.sendall(HEAD + b"content-length: %d\r\n\r\n" % (len(part) * count + 2))
+        for _ in range(count):
+            sock.sendall(part)
+            time.sleep(TIMEOUT_S / 3)  # the client's pace
+        sock.sendall(b"{}")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 # -- bodies
 
 

@@ -92,13 +92,15 @@ def client(method: str = "GET", version: str = "1.1", complete: bool = True) -> 
 
 @pytest.mark.parametrize("name", [*HOP_BY_HOP, "host", "expect", "http2-settings", "x-kv-hold", "x-kv-anything"])
 def test_fields_that_are_not_sent_on(name: str) -> None:
-    given = RequestHeaders(headers(("x-a", "1"), (name.title(), "v"), ("x-b", "2")))
+    value = "v" if name == "connection" else "x-a"  # only that one names others
+    given = RequestHeaders(headers(("x-a", "1"), (name.title(), value), ("x-b", "2")))
     assert given.sent_on == [b"x-a: 1\r\n", b"x-b: 2\r\n"]
 
 
 @pytest.mark.parametrize("name", [*HOP_BY_HOP, "x-request-id", "x-kv-state", "x-kv-wait-ms", "x-kv-reason"])
 def test_fields_that_are_not_sent_back(name: str) -> None:
-    lines = answer_lines(context(), headers(("x-a", "1"), (name.title(), "v"), ("x-kv", "2")))
+    value = "v" if name == "connection" else "x-a"
+    lines = answer_lines(context(), headers(("x-a", "1"), (name.title(), value), ("x-kv", "2")))
     assert lines == [b"x-a: 1\r\n", b"x-kv: 2\r\n", b"x-request-id: id-1\r\n"]
 
 
