@@ -24,6 +24,8 @@ from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 from lmcache.logging import init_logger
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from disagg_prefill_lmcache_v1.kv import patches
+from disagg_prefill_lmcache_v1.kv.ending import process_ends_on_error
 from disagg_prefill_lmcache_v1.kv.fingerprint import digest, model_fingerprint
 from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadScheduler
@@ -33,6 +35,7 @@ from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
 from disagg_prefill_lmcache_v1.kv.reuse import ReuseAccount
 from disagg_prefill_lmcache_v1.kv.settings import from_environment
+from disagg_prefill_lmcache_v1.kv.support import refuse_prompt_embeds
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 
 logger = init_logger(__name__)
@@ -82,30 +85,45 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
     _confirmer: Confirmer | None = None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
-        if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-            raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
-        timeout_s = take_deadline(vllm_config)
-        super().__init__(vllm_config, role, kv_cache_config)
-        self._announcer = Announcer()
-        self._ranks = vllm_config.parallel_config.world_size
-        if role == KVConnectorRole.WORKER:
-            self._meter = Meter(vllm_config.device_config.device.type)
-            self._guard = GuardedWorker(self.worker_adapter, timeout_s)
-            self._loads: dict[str, tuple[str, float, int, set[int]]] = {}
-            if self._announcer and self._can_store and vllm_config.parallel_config.rank == 0:
-                self._confirmer = Confirmer(self.worker_adapter, self._announcer, from_environment().wait_timeout)
-        else:
-            self._idle = True
-            self._held: set[str] = set()  # finished requests whose blocks wait for the workers' word
-            self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
-            self._reuse = ReuseAccount(self._announcer, self._ranks)
-            policy = LoadPolicy(from_environment().load, beside=True)
-            self._load_scheduler = LoadScheduler(policy, self._ranks)
-            adapter = self.scheduler_adapter
-            self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
-            adapter.req_clients = dict(zip(adapter.req_clients, self._clients, strict=True))
+        with process_ends_on_error():
+            refuse_prompt_embeds(vllm_config)
+            timeout_s = take_deadline(vllm_config)
+            super().__init__(vllm_config, role, kv_cache_config)
+            self._announcer = Announcer()
+            self._ranks = vllm_config.parallel_config.world_size
+            if role == KVConnectorRole.WORKER:
+                self._start_worker(vllm_config, timeout_s)
+            else:
+                self._start_scheduler(vllm_config)
+
+    def _start_worker(self, vllm_config: Any, timeout_s: float) -> None:
+        device = vllm_config.device_config.device.type
+        if device == "cpu":
+            patches.survive_seeded_requests()
+        elif device == "hpu":
+            patches.report_everything(self)
+        self._meter = Meter(device)
+        self._guard = GuardedWorker(self.worker_adapter, timeout_s)
+        self._loads: dict[str, tuple[str, float, int, set[int]]] = {}
+        if self._announcer and self._can_store and vllm_config.parallel_config.rank == 0:
+            self._confirmer = Confirmer(self.worker_adapter, self._announcer, from_environment().wait_timeout)
+
+    def _start_scheduler(self, vllm_config: Any) -> None:
+        self._idle = True
+        self._held: set[str] = set()  # finished requests whose blocks wait for the workers' word
+        self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
+        self._reuse = ReuseAccount(self._announcer, self._ranks)
+        policy = LoadPolicy(from_environment().load, beside=True)
+        self._load_scheduler = LoadScheduler(policy, self._ranks)
+        adapter = self.scheduler_adapter
+        self._clients = [PatientClient(c, lambda: adapter.is_healthy) for c in adapter.req_clients.values()]
+        adapter.req_clients = dict(zip(adapter.req_clients, self._clients, strict=True))
 
     # worker side
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        with process_ends_on_error():
+            super().register_kv_caches(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)

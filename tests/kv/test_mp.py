@@ -18,6 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: LMCache's connector i
 from kv_stores import Server
 from launch_harness import wait_until
 from mp_harness import BLOCK, TIMEOUT_S, Engine, MPServer, healthy_again
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from disagg_prefill_lmcache_v1.kv.identity import Identities
 from disagg_prefill_lmcache_v1.kv.mp import LMCacheDisaggMPConnector, cache_salt_of, skips_save, take_deadline
@@ -278,6 +279,69 @@ def test_a_second_store_of_a_request_does_not_hide_the_first(engine):
     assert not engine.worker.store_futures["r"].query()
     first.is_done = True
     assert engine.worker.store_futures.pop("r").query()
+
+
+@pytest.fixture(scope="module")
+def vllm_config(server, tmp_path_factory):
+    """vLLM's own, of the small model, for an engine that is not started."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from disagg_prefill_lmcache_v1.measure import tiny_model
+
+    model = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tiny_model.build(model)
+    extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": server.port}
+    transfer = KVTransferConfig(
+        kv_connector="LMCacheDisaggMPConnector", kv_connector_module_path="disagg_prefill_lmcache_v1.kv.mp",
+        kv_role="kv_producer", kv_load_failure_policy="recompute", kv_connector_extra_config=extra,
+    )  # fmt: skip
+    arguments = EngineArgs(
+        str(model), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=BLOCK,
+        kv_transfer_config=transfer,
+    )  # fmt: skip
+    return arguments.create_engine_config()
+
+
+@pytest.fixture
+def scheduler_side(vllm_config):
+    connector = LMCacheDisaggMPConnector(vllm_config, KVConnectorRole.SCHEDULER)
+    yield connector
+    connector.shutdown()
+
+
+def engine_request(name, tokens, **parameters):
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    extra = {"kv_transfer_params": parameters} if parameters else None
+    return Request(name, tokens, SamplingParams(max_tokens=1, extra_args=extra), None, cache_salt="a/b")
+
+
+def test_the_scheduler_side_finds_nothing_for_a_new_prompt_and_ends(scheduler_side):
+    request = engine_request("new", prompt(), **{"lmcache.max_offload_tokens": "many", "cached_token_stats": 1})
+    found = None
+    while found is None:
+        found, asynchronous = scheduler_side.get_num_new_matched_tokens(request, 0)
+    assert (found, asynchronous) == (0, False)
+    held, _ = scheduler_side.request_finished(request, [])
+    assert held, "the workers report it, and vLLM frees it then"
+
+
+def test_a_request_that_is_aborted_before_anything_was_asked_for_it_ends_like_the_others(scheduler_side):
+    held, parameters = scheduler_side.request_finished(engine_request("early", prompt(), cached_token_stats=1), [])
+    assert (held, parameters) == (True, None)
+
+
+def test_the_worker_side_starts(vllm_config, monkeypatch):
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    monkeypatch.setattr(CPUModelRunner, "_bookkeeping_sync", lambda self: None)
+    connector = LMCacheDisaggMPConnector(vllm_config, KVConnectorRole.WORKER)
+    assert hasattr(CPUModelRunner._bookkeeping_sync, "seeded"), "a request with a seed would end vLLM's CPU engine"
+    assert connector.get_finished(set()) == (set(), set())
+    assert connector.get_kv_connector_stats() is None
+    connector.shutdown()
 
 
 def test_a_request_that_is_gone_is_not_reported_again():
