@@ -23,12 +23,12 @@ def ask(one: Stack, seconds: float = 0.0) -> httpx.Response:
 def hold(one: Stack) -> socket.socket:
     """A request that takes a place until its connection closes."""
     sock = one.proxy.connect()
-    running = one.decode.running
+    served = one.decode.served
     sock.sendall(
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-mock: decode.delay=600\r\n"
         b"content-length: %d\r\n\r\n%b" % (len(BODY), BODY)
     )
-    wait_until(lambda: one.decode.running > running, "the request runs")
+    wait_until(lambda: one.decode.served > served, "the request runs")
     return sock
 
 
