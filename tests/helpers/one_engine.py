@@ -50,6 +50,8 @@ class Announcements:
                 if message["id"] not in self._ended:  # an end may overtake its begin, even into the next step
                     begun.add(message["id"])
                 continue
+            if message["id"] in self._ended:
+                continue
             said = ended.setdefault(message["id"], [])
             said.append(message["state"])
             if len(said) < message["ranks"] and message["state"] != "none":

@@ -46,7 +46,7 @@ def model():
 
 @pytest.fixture(scope="module", params=["lm"])
 def store(request):
-    server = Server(request.param)
+    server = Server(request.param, size="2gb")  # nothing is evicted
     yield server
     server.stop()
 
