@@ -29,7 +29,7 @@ def test_a_server_whose_connector_cannot_start_ends(case, tmp_path):
         "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}",
     }  # fmt: skip
     if case == "no store answers":
-        said = f"KV store lm://127.0.0.1:{nowhere}: Connection refused"
+        said = f"KV store lm://127.0.0.1:{nowhere}: [Errno 111] Connection refused"
         settings |= {
             "LMCACHE_CONFIG_FILE": str(PACKAGE / "configs/lmcache-config-lm.yaml"),
             "LMCACHE_REMOTE_URL": f"lm://127.0.0.1:{nowhere}",
