@@ -107,7 +107,7 @@ def test_other_routes_are_sent_once(warm: bool) -> None:
             for _ in range(6):
                 assert httpx.get(proxy.url + "/v1/models").status_code == 200
         before = sum(state.served for state in decoders)
-        assert post(proxy.url + "/v1/load_lora_adapter", "cut=0").status_code == 503
+        assert post(proxy.url + "/tokenize", "cut=0").status_code == 503
         assert sum(state.served for state in decoders) == before + 1
 
 
