@@ -314,7 +314,7 @@ def python(code: str) -> list[str]:
 
 
 SLEEP = "import time; time.sleep(300)"
-STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); {SLEEP}"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up\\n', end='', flush=True); {SLEEP}"
 
 
 def marked(supervisor: Supervisor) -> list[int]:
