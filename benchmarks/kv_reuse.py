@@ -91,9 +91,11 @@ async def reuse(session: aiohttp.ClientSession, args: argparse.Namespace, model:
         begin = time.perf_counter()
         answer, headers = await post(session, args.proxy_url, body)
         usage = answer["usage"]
-        reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        reused = int(headers.get("x-reused-tokens", cached))  # what was loaded; vLLM counts what was to be loaded
+        total = usage["prompt_tokens"]
         return {
-            "full": reused >= usage["prompt_tokens"] - 1,
+            "full": reused >= min(total // args.block * args.block, total - 1),
             "prompt_tokens": usage["prompt_tokens"],
             "reused": reused,
             "state": headers.get("x-kv-state", "unknown"),
@@ -265,6 +267,7 @@ def main() -> int:
     )
     parser.add_argument("--prefill-len", type=at_least(1), default=1000, help="prompt tokens of the second part")
     parser.add_argument("--lengths", type=at_least(1), nargs="*", default=[], help="prompt tokens of the third part")
+    parser.add_argument("--block", type=at_least(1), default=1, help="tokens that the store keeps together (mp: 32)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one request")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
     parser.add_argument("--json", type=Path, help="write the numbers there")
