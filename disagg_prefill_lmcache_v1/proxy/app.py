@@ -52,6 +52,8 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
     @app.get("/ready")
     async def ready() -> JSONResponse:
         found = {pool.role: await pool.health() for pool in app.state.pools}
+        if settings.decode_only:
+            del found[PREFILL]
         good = all(any(servers.values()) for servers in found.values())
         return JSONResponse({"ready": good, "servers": found}, 200 if good else 503)
 

@@ -157,9 +157,11 @@ class RequestHandler:
             raise ProxyError(400, f"the request body is not valid JSON: {error}", "proxy", "bad_request") from None
         if fields is not None and not self._settings.trusted_kv_transfer_params:
             _refuse_steering(steering_field(fields))
-        shaped = None if fields is None else bodies.prefill_body(request.path, fields)
+        alone = self._settings.decode_only
+        shaped = None if fields is None or alone else bodies.prefill_body(request.path, fields)
         if shaped is None:
-            self._metrics.add("disagg_prefill_skipped", "no_prompt" if fields is None else "stored_response")
+            reason = "decode_only" if alone else "no_prompt" if fields is None else "stored_response"
+            self._metrics.add("disagg_prefill_skipped", reason)
         else:
             refusal = await self._prefill.run(request, shaped, fields)
             if refusal is not None:

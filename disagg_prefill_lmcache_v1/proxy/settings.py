@@ -35,6 +35,7 @@ class Settings:
     upstreams_file: str = setting(
         "", 'JSON file {"prefillers": [URL, ...], "decoders": [URL, ...]}, read again whenever it changes'
     )
+    decode_only: bool = setting(False, "no prefill servers: each request goes to the decode server that has the fewest")
     workers: int = setting(1, "worker processes", low=1, high=256)
     api_key: str = setting("", "key that clients must send as 'Authorization: Bearer KEY' (empty: no check)")
     ssl_keyfile: str = setting("", "TLS key file (PEM); needs --ssl-certfile")
@@ -75,6 +76,8 @@ class Settings:
         for name in ("prefiller", "decoder"):
             for url in getattr(self, name):
                 parse_url(url, flag_of(name))
+        if self.decode_only and (self.prefiller or self.upstreams_file):
+            raise SettingsError("--decode-only: allowed with --decoder, not with --prefiller or --upstreams-file")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise SettingsError("--ssl-keyfile and --ssl-certfile go together: set both or none")
         for name in ("ssl_keyfile", "ssl_certfile", "upstreams_file"):
@@ -85,6 +88,8 @@ class Settings:
     @property
     def prefiller_urls(self) -> tuple[str, ...]:
         """Addresses of all prefill servers."""
+        if self.decode_only:
+            return ()
         return self.prefiller or (f"http://{_bracket(self.prefiller_host)}:{self.prefiller_port}",)
 
     @property

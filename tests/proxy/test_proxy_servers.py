@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import socket
@@ -118,6 +119,25 @@ def test_what_was_not_sent_goes_to_another_server() -> None:
         for _ in range(8):
             assert post(proxy.url + COMPLETIONS).status_code == 200
         assert decoders[0].served == 8
+
+
+# -- decode servers alone
+
+
+def test_decode_only_shares_requests_between_whole_servers() -> None:
+    with fleet(0, 2, "--decode-only") as (proxy, _, decoders):
+        ready = httpx.get(proxy.url + "/ready")
+        assert (ready.status_code, list(ready.json()["servers"])) == (200, ["decode"])
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # four at a time: two each
+            answers = list(pool.map(lambda _: post(proxy.url + COMPLETIONS, "delay=0.3", prompt=[1, 2, 3]), range(4)))
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert [state.served for state in decoders] == [2, 2]
+        bodies = [seen["body"] for state in decoders for seen in state.requests if seen["body"]]
+        assert [json.loads(body) for body in bodies] == [{"prompt": [1, 2, 3]}] * 4  # the clients' own, nothing else
+        lines = [proxy.access_line(answer.headers["x-request-id"]) for answer in answers]
+        assert {line["outcome"] for line in lines} == {"ok"}
+        assert not any("prefill" in line for line in lines)
+        assert not any("x-kv-state" in answer.headers for answer in answers)
 
 
 # -- one client's requests are not a server's health

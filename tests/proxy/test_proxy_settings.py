@@ -50,6 +50,7 @@ def test_every_field_is_in_the_help() -> None:
         ["--port", "x"],
         ["--workers", "0"],
         ["--prefill-failure", "maybe"],
+        ["--decode-only", "--prefiller", "http://a:1"],
         ["--prefill-timeout-s", "nan"],
         ["--connect-timeout-s", "-1"],
         ["--prefiller", "ftp://a"],
