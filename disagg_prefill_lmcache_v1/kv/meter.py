@@ -146,7 +146,7 @@ class Meter:
         self._begin: Any = None
         self._step_loads: list[tuple[Any, Any]] = []
         self._beside: deque[tuple[str, list[float]]] = deque()  # other threads add to these two
-        self._used: deque[tuple[str, int]] = deque()
+        self._used: deque[tuple[str, list[float]]] = deque()
         # kind, key, tokens, (begin, end), marks of loads in between
         self._open: deque[tuple[str, Any, int, tuple[Any, Any], list[tuple[Any, Any]]]] = deque()
 
@@ -172,9 +172,9 @@ class Meter:
         if self._clock is not None:
             self._beside.append((f"{step}:{request_id}", [seconds, 1, tokens]))
 
-    def used(self, request_id: str, tokens: int) -> None:
-        """Of a load that has ended: ``tokens`` that vLLM goes on with (see reuse.used_tokens)."""
-        self._used.append((request_id, tokens))
+    def used(self, request_id: str, tokens: int, seconds: float = 0.0) -> None:
+        """Of a load that took so long: ``tokens`` that vLLM goes on with (see reuse.used_tokens)."""
+        self._used.append((request_id, [seconds, 1, tokens]))
 
     def step_end(self) -> None:
         """The forward pass is over (on a card: has been handed over)."""
@@ -187,8 +187,8 @@ class Meter:
         """What is known by now; None when that is nothing."""
         data: dict[str, dict[Any, list[float]]] = {}
         while self._used:
-            request_id, tokens = self._used.popleft()
-            data.setdefault("used_tokens", {})[request_id] = [0.0, 1, tokens]
+            request_id, measured = self._used.popleft()
+            data.setdefault("used_tokens", {})[request_id] = measured
         while self._beside:
             key, measured = self._beside.popleft()
             data.setdefault("load_times", {})[key] = measured

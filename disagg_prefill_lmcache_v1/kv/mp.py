@@ -112,7 +112,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
         self._idle = True
         self._held: set[str] = set()  # finished requests whose blocks wait for the workers' word
         self._fingerprint, self._identities = model_fingerprint(vllm_config), Identities()
-        self._reuse = ReuseAccount(self._announcer, self._ranks)
+        self._reuse = ReuseAccount(self._announcer, self._ranks, beside=True)
         policy = LoadPolicy(from_environment().load, beside=True)
         self._load_scheduler = LoadScheduler(policy, self._ranks)
         adapter = self.scheduler_adapter

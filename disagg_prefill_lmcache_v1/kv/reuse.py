@@ -6,6 +6,8 @@ those that vLLM had itself (:class:`ReuseAccount`) and tells the API server. The
 :class:`TellReuse` (``vllm serve --middleware``), adds to the answer
 
     x-kv-reused-tokens: prompt tokens that were not computed
+    x-kv-timing: queue=MS,first-step=MS,load=MS (until the engine scheduled it, then until the first bytes, without what
+    loading took)
 
 The header of a stream is held until its first bytes: when the first token is there, so is the number. An answer for
 several prompts counts them all, several choices of one prompt count it once. Messages travel as in visibility.py.
@@ -17,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -41,14 +44,21 @@ _child = re.compile(r"[0-9]+_").match  # vLLM's id of one of several choices beg
 
 
 class ReuseAccount:
-    """The scheduler's account of what each request reuses; every method is called by the scheduler's thread."""
+    """The scheduler's account of what each request reuses; every method is called by the scheduler's thread.
 
-    def __init__(self, announcer: Announcer, ranks: int) -> None:
+    Args:
+        ranks: workers that load.
+        beside: loads run beside the engine's steps: one takes from when its request was scheduled until the scheduler
+            hears of its end. Else it takes what the slowest worker has measured, within a step.
+    """
+
+    def __init__(self, announcer: Announcer, ranks: int, beside: bool = False) -> None:
         self._announcer = announcer
         self._ranks = ranks
+        self._beside = beside
         self._cached: dict[str, int] = {}
-        # tokens that vLLM has, tokens to be loaded; outlives its request, of which workers may speak later, or never
-        self._loading: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        # tokens that vLLM has, tokens to be loaded, when; outlives its request: workers may speak later, or never
+        self._loading: OrderedDict[str, tuple[int, int, float]] = OrderedDict()
         self._seen: OrderedDict[str, list[float]] = OrderedDict()
         self._known: set[str] = set()
 
@@ -63,19 +73,20 @@ class ReuseAccount:
         self._known.add(request_id)
         cached = self._cached.pop(request_id, 0)
         if tokens:
-            put_bounded(self._loading, request_id, (cached, tokens))
+            put_bounded(self._loading, request_id, (cached, tokens, time.monotonic()))
         else:
-            self._announcer.reused(request_id, cached)
+            self._announcer.reused(request_id, cached, time.monotonic())
 
     def loaded(self, used: Mapping[str, list[float]]) -> None:
-        """What workers have said since: request to [0, ranks, tokens that vLLM goes on with]."""
+        """What workers have said since: request to [seconds, ranks, tokens that vLLM goes on with]."""
         for request_id, values in used.items():
             seen = merge(self._seen.pop(request_id, None), values)
             if seen[1] < self._ranks:
                 put_bounded(self._seen, request_id, seen)
             elif request_id in self._loading:
-                cached, expected = self._loading.pop(request_id)
-                self._announcer.reused(request_id, cached + min(int(seen[2]), expected))
+                cached, expected, scheduled_at = self._loading.pop(request_id)
+                load_s = time.monotonic() - scheduled_at if self._beside else seen[0]
+                self._announcer.reused(request_id, cached + min(int(seen[2]), expected), scheduled_at, load_s)
 
     def finished(self, request_id: str) -> None:
         """The request has ended."""
@@ -89,8 +100,10 @@ class Reuse(Visibility):
     def __init__(self) -> None:
         super().__init__()
         self._tokens: dict[str, int] = {}
+        self.load_s = 0.0  # the longest of its engine requests
 
-    def reused(self, request_id: str, tokens: int) -> None:
+    def reused(self, request_id: str, tokens: int, load_s: float) -> None:
+        self.load_s = max(self.load_s, load_s)
         found = _child(request_id)
         name = request_id[found.end() :] if found else request_id
         self._tokens[name] = max(self._tokens.get(name, 0), tokens)
@@ -149,7 +162,8 @@ class TellReuse:
         self._listener.drain()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(reuse.announced.wait(), within_s)
-            return [(b"x-kv-reused-tokens", b"%d" % reuse.tokens)]
+            timing = reuse.timing(("queue", "first-step", "load"), reuse.load_s, time.monotonic())
+            return [(b"x-kv-reused-tokens", b"%d" % reuse.tokens), *timing]
         return []
 
 

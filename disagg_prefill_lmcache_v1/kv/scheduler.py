@@ -37,7 +37,7 @@ class DisaggScheduler:
         self._role = role
         self.loads = loads
         self.identities = Identities()
-        self._reuse = ReuseAccount(announcer, loads.ranks) if role != "kv_producer" else None
+        self._reuse = ReuseAccount(announcer, loads.ranks, async_load) if role != "kv_producer" else None
         self._announcer = announcer
         self._async_load = async_load
         self._begun: list[LoadRequest] = []  # to be told to the workers with the next step

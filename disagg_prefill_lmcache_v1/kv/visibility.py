@@ -15,6 +15,7 @@ has to know. The answer says how it went:
     x-kv-wait-ms: how long the answer was held
     x-kv-transfer-ms: from the hand-over in the engine until the slowest rank found its chunks in the store
     x-kv-reason: why it is not stored
+    x-kv-timing: queue=MS,prefill=MS,hold=MS (until the engine scheduled it, until it answered, until it was visible)
 
 A request with the header ``x-kv-hold: off`` is answered at once, as without this module.
 
@@ -71,8 +72,8 @@ class Announcer:
         return self._socket is not None
 
     def begin(self, request_id: str) -> None:
-        """The engine has scheduled ``request_id`` (vLLM's internal id) and will store its KV."""
-        self._send({"id": request_id})
+        """The engine has just scheduled ``request_id`` (vLLM's internal id) and will store its KV."""
+        self._send({"id": request_id, "at": time.monotonic()})
 
     def end(
         self, request_id: str, rank: int, ranks: int, state: str, reason: str = "", transfer_ms: float = 0.0
@@ -88,9 +89,14 @@ class Announcer:
         message = {"id": request_id, "rank": rank, "ranks": ranks, "state": state, "reason": reason[:200]}
         self._send({**message, "ms": transfer_ms})
 
-    def reused(self, request_id: str, tokens: int) -> None:
-        """``tokens`` of the request's prompt were not computed (see reuse.py)."""
-        self._send({"id": request_id, "reused": tokens})
+    def reused(self, request_id: str, tokens: int, scheduled_at: float, load_s: float = 0.0) -> None:
+        """``tokens`` of the request's prompt were not computed (see reuse.py).
+
+        Args:
+            scheduled_at: when the engine scheduled it, on ``time.monotonic``, which is the machine's.
+            load_s: what loading them took.
+        """
+        self._send({"id": request_id, "reused": tokens, "at": scheduled_at, "load_s": load_s})
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._socket is not None:
@@ -118,9 +124,15 @@ class Visibility:
         self.unasked = False
         self.transfer_ms = 0.0
         self._ended: set[str] = set()
+        self.entered_at = time.monotonic()
+        self.scheduled_at: float | None = None  # the first of its engine requests
         self.announced = asyncio.Event()
         self.complete = asyncio.Event()
         self.complete.set()
+
+    def scheduled(self, at: float) -> None:
+        """The engine has scheduled a request at that time."""
+        self.scheduled_at = at if self.scheduled_at is None else min(at, self.scheduled_at)
 
     def begin(self, request_id: str) -> None:
         # The engine and its ranks are several processes: an end may overtake its begin.
@@ -148,8 +160,24 @@ class Visibility:
         else:
             self.complete.set()
 
-    def reused(self, request_id: str, tokens: int) -> None:
+    def reused(self, request_id: str, tokens: int, load_s: float) -> None:
         """Nothing that is waited for here."""
+
+    def timing(self, names: tuple[str, str, str], lasts: float, until: float) -> list[tuple[bytes, bytes]]:
+        """The header that tells three parts of the time since the request came; none if the engine has not said.
+
+        Args:
+            names: of the time until it was scheduled, of what is left of the rest, and of the part that is known.
+            lasts: the known part, seconds.
+            until: end of the last part, on ``time.monotonic``.
+        """
+        if self.scheduled_at is None:
+            return []
+        scheduled = min(max(self.scheduled_at, self.entered_at), until)
+        known = min(lasts, until - scheduled)
+        values = (scheduled - self.entered_at, until - scheduled - known, known)
+        text = ",".join(f"{name}={seconds * 1000:.2f}" for name, seconds in zip(names, values, strict=True))
+        return [(b"x-kv-timing", text.encode())]
 
 
 class Listener:
@@ -224,11 +252,13 @@ class Listener:
                 message = json.loads(data)
                 watchers = self.find(message["id"])
                 for visibility in watchers:
+                    if "at" in message:
+                        visibility.scheduled(float(message["at"]))
                     if "state" in message:
                         fields = (message[name] for name in ("id", "rank", "ranks", "state", "reason", "ms"))
                         visibility.end(*fields)
                     elif "reused" in message:
-                        visibility.reused(message["id"], message["reused"])
+                        visibility.reused(message["id"], message["reused"], message["load_s"])
                     else:
                         visibility.begin(message["id"])
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -318,7 +348,7 @@ class _Hold:
             await self._send(message)
 
     async def _wait(self) -> list[tuple[bytes, bytes]]:
-        begin = time.perf_counter()
+        begin = time.monotonic()
         self._listener.drain()
         visibility = self._visibility
         state, reason = "stored", ""
@@ -336,8 +366,9 @@ class _Hold:
                 state = "none"
             if visibility.reasons:
                 state, reason = "failed", visibility.reasons[0]
-        waited_ms = (time.perf_counter() - begin) * 1000
-        headers = [(b"x-kv-state", state.encode()), (b"x-kv-wait-ms", f"{waited_ms:.2f}".encode())]
+        end = time.monotonic()
+        headers = [(b"x-kv-state", state.encode()), (b"x-kv-wait-ms", f"{(end - begin) * 1000:.2f}".encode())]
+        headers += visibility.timing(("queue", "prefill", "hold"), end - begin, end)
         headers.append((b"x-kv-transfer-ms", f"{visibility.transfer_ms:.2f}".encode()))
         if reason:
             headers.append((b"x-kv-reason", reason.encode("latin-1", "replace").replace(b"\n", b" ")))

@@ -123,7 +123,7 @@ class DisaggWorker:
             self.engine.stats_monitor.update_interval_vllm_hit_tokens(spec.vllm_cached_tokens)
             self.engine.stats_monitor.update_interval_prompt_tokens(len(request.token_ids))
             if spec.can_load:
-                begin = self.meter.load_begin()
+                begin, began = self.meter.load_begin(), time.perf_counter()
                 tokens, slots = request.token_ids[: spec.lmcache_cached_tokens], request.slot_mapping
                 cached, configs = spec.vllm_cached_tokens, request.request_configs
                 slots = slots[: spec.lmcache_cached_tokens]
@@ -131,7 +131,8 @@ class DisaggWorker:
                 if len(tokens) < spec.lmcache_cached_tokens:  # the rest has no slots here: all of it is computed
                     missing[cached:] = True
                 failed = slots[missing] // self._block_size
-                self.meter.used(request.req_id, used_tokens(missing, cached, self._block_size))
+                seconds = time.perf_counter() - began
+                self.meter.used(request.req_id, used_tokens(missing, cached, self._block_size), seconds)
                 self.failed_blocks.update(failed.unique().tolist())
                 self.meter.load_end(begin, request.req_id, 0 if len(failed) else len(tokens) - cached)
         if self._step is not None and self._step.loads:

@@ -49,7 +49,8 @@ class AccessLog:
             if request.decode_s >= 0:
                 text += f',"decode_ms":{request.decode_s * 1000:.1f}'
         if request.ttft_s >= 0:
-            text += f',"ttft_ms":{request.ttft_s * 1000:.1f}'
+            text += f',"ttft_ms":{request.ttft_s * 1000:.2f},"ttft_parts_ms":{{'
+            text += ",".join([f'"{part}":{seconds * 1000:.2f}' for part, seconds in request.parts.items()]) + "}"
         if request.prompt_tokens >= 0:
             text += f',"prompt_tokens":{request.prompt_tokens},"reused_tokens":{request.reused_tokens}'
             text += f',"cached_tokens":{request.cached_tokens}'

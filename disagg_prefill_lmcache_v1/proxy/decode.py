@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from disagg_prefill_lmcache_v1.proxy import timing
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
@@ -87,6 +88,7 @@ class DecodeStage:
         head = b"%b %b HTTP/1.1\r\n%b%b%b\r\n" % (
             method.encode(), request.target, upstream.host_line, request.headers, length,
         )  # fmt: skip
+        request.decode_sent = time.perf_counter()
         return await upstream.client.request(
             head + body if len(body) < 65536 else (head, body), no_body=method == "HEAD",
             limits=self._limits,
@@ -121,6 +123,10 @@ class DecodeStage:
         try:
             request.event_stream = response.event_stream
             lines = answer_lines(request, response.headers)
+            if request.route != "other" and response.event_stream:
+                request.decode_told = timing.told_times(response.headers, timing.told_by_decode)
+                so_far = timing.ttft_parts(request, time.perf_counter() - request.start)
+                lines.append(timing.server_timing(so_far))
             chunked = client.begin(response.status, lines, response.length)
             relay = StreamRelay(self._metrics, self._itl, request, client, response)
             if response.complete:

@@ -24,6 +24,7 @@ from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
+from disagg_prefill_lmcache_v1.proxy.timing import PARTS, ttft_parts
 
 log = logging.getLogger("disagg_proxy")
 
@@ -59,6 +60,7 @@ class RequestHandler:
         self._ids = itertools.count(1)
         self._id_prefix = uuid.uuid4().hex[:20].encode()
         self._ttft = metrics.index("disagg_ttft_seconds")
+        self._parts = {part: metrics.index("disagg_ttft_part_seconds", part) for part in PARTS}
         self._e2e = metrics.index("disagg_e2e_seconds")
         self._outcomes: dict[tuple[str, str, str], int] = {}  # indexes of series, found without a call
         self.finished = 0  # count of requests
@@ -177,6 +179,9 @@ class RequestHandler:
         metrics.observe(self._e2e, total)
         if request.ttft_s >= 0:
             metrics.observe(self._ttft, request.ttft_s)
+            request.parts = ttft_parts(request, request.ttft_s)
+            for part, seconds in request.parts.items():
+                metrics.observe(self._parts[part], seconds)
             metrics.add("disagg_streamed_bytes", by=float(request.sent))
         if request.prefill_outcome:
             self._count((request.route, "prefill", request.prefill_outcome))

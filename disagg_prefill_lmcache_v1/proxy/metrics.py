@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "disagg_prefill_seconds": ("histogram", "Prefill request, KV wait included", ()),
     "disagg_kv_wait_seconds": ("histogram", "Time the prefill answer was held for the KV cache", ()),
     "disagg_ttft_seconds": ("histogram", "Time to the first byte of a streamed answer, prefill included", ()),
+    "disagg_ttft_part_seconds": ("histogram", "Parts of the time to the first byte, which sum to it", ("part",)),
     "disagg_itl_seconds": ("histogram", "Time between two parts of a streamed answer", ()),
     "disagg_e2e_seconds": ("histogram", "Whole request", ()),
     "disagg_in_flight": ("gauge", "Requests in progress by stage", ("stage",)),

@@ -8,7 +8,7 @@ import logging
 import time
 from typing import Any
 
-from disagg_prefill_lmcache_v1.proxy import bodies
+from disagg_prefill_lmcache_v1.proxy import bodies, timing
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
@@ -93,6 +93,7 @@ class PrefillStage:
         )  # fmt: skip
         values = self._metrics.values
         begin = time.perf_counter()
+        request.prefill_sent = request.prefill_sent or begin
         upstream.in_flight += 1
         values[self.in_flight] += 1.0
         try:
@@ -102,7 +103,8 @@ class PrefillStage:
         finally:
             upstream.in_flight -= 1
             values[self.in_flight] -= 1.0
-        request.prefill_s = time.perf_counter() - begin
+        request.prefill_answered = end = time.perf_counter()
+        request.prefill_s = end - begin
         self._metrics.observe(self._seconds, request.prefill_s)
         if not response.complete:
             response.connection.abort()
@@ -141,6 +143,8 @@ class PrefillStage:
             elif name == b"x-kv-wait-ms":
                 with contextlib.suppress(ValueError):
                     wait = float(value)
+            elif name == timing.HEADER:
+                request.prefill_told = timing.told_times(((name, value, b""),), timing.told_by_prefill)
             elif name == b"x-kv-transfer-ms":
                 with contextlib.suppress(ValueError):
                     request.kv_transfer_ms = float(value)

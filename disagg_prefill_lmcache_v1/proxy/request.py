@@ -12,6 +12,8 @@ class RequestContext:
         "cached_tokens",
         "cors",
         "decode_s",
+        "decode_sent",
+        "decode_told",
         "decoder",
         "error_detail",
         "event_stream",
@@ -21,9 +23,13 @@ class RequestContext:
         "kv_wait_ms",
         "method",
         "outcome",
+        "parts",
         "path",
+        "prefill_answered",
         "prefill_outcome",
         "prefill_s",
+        "prefill_sent",
+        "prefill_told",
         "prefiller",
         "prompt_tokens",
         "request_id",
@@ -57,6 +63,10 @@ class RequestContext:
         self.prefill_s = self.decode_s = self.ttft_s = -1.0
         self.kv_state = ""
         self.kv_wait_ms = self.kv_transfer_ms = -1.0
+        self.prefill_sent = self.prefill_answered = self.decode_sent = 0.0  # on perf_counter; 0: not at all
+        self.prefill_told: tuple[float, ...] = ()  # what the servers say of their time, see timing.py
+        self.decode_told: tuple[float, ...] = ()
+        self.parts: dict[str, float] = {}  # of ttft_s
         self.prompt_tokens = self.cached_tokens = self.reused_tokens = -1
         self.prefiller = self.decoder = ""
         self.sent = 0  # bytes of the answer's body

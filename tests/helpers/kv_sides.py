@@ -37,7 +37,7 @@ class Heard:
     def end(self, request_id, rank, ranks, state, reason="", transfer_ms=0.0):
         self.said.append(("end", request_id, state, reason))
 
-    def reused(self, request_id, tokens):
+    def reused(self, request_id, tokens, scheduled_at, load_s=0.0):
         self.said.append(("reused", request_id, tokens))
 
 

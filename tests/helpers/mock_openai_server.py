@@ -11,7 +11,7 @@ server by ``--behave`` in the same form:
   cut=N          close the connection after N parts of the stream (0: before the answer)
   hang=N         stop sending after N parts, keep the connection
   kv=STATE       x-kv-state header of the answer    kv_wait=MS
-  told=TEXT      x-kv-reused-tokens header of the answer
+  told=TEXT      x-kv-reused-tokens header of the answer    timing=TEXT   its x-kv-timing header
   split=N        write the stream in pieces of N bytes
   close=1        answer, then close the connection
 A key that begins with ``prefill.`` or ``decode.`` applies only to a server with that ``--role``.
@@ -175,6 +175,8 @@ class MockProtocol(asyncio.Protocol):
             lines += f"x-kv-state: {behave.get('kv', 'stored')}\r\nx-kv-wait-ms: {wait}\r\n".encode()
         if "told" in behave:
             lines += f"x-kv-reused-tokens: {behave['told']}\r\n".encode()
+        if "timing" in behave:
+            lines += f"x-kv-timing: {behave['timing']}\r\n".encode()
         if "x-request-id" in headers:
             lines += f"x-request-id: {headers['x-request-id']}\r\n".encode()
         status = int(behave.get("status", 200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 
 import pytest
@@ -22,8 +23,9 @@ class Heard:
     def __init__(self):
         self.said = []
 
-    def reused(self, request_id, tokens):
+    def reused(self, request_id, tokens, scheduled_at, load_s=0.0):
         self.said.append((request_id, tokens))
+        self.times = (scheduled_at, load_s)
 
 
 @pytest.fixture
@@ -107,6 +109,19 @@ def test_aborted_requests_leave_nothing_that_grows(account):
     assert not account._cached
 
 
+def test_a_load_takes_what_the_slowest_rank_took_or_beside_the_steps_until_it_is_known():
+    step, beside = Heard(), Heard()
+    for heard in (step, beside):
+        account = ReuseAccount(heard, ranks=2, beside=heard is beside)
+        begin = time.monotonic()
+        account.scheduled("r", 599)
+        account.loaded({"r": [0.25, 1, 599]})
+        account.loaded({"r": [0.5, 1, 599]})
+        assert begin <= heard.times[0] <= time.monotonic()
+    assert step.times[1] == 0.5
+    assert 0 < beside.times[1] < 0.5
+
+
 # the workers' word
 
 
@@ -131,15 +146,17 @@ class Engine:
         self.ids, self.status, self.early = ids, status, early
         self.kind = b"text/event-stream" if streamed else b"application/json"
         self.go = asyncio.Event()
+        self.entered = asyncio.Event()
 
     async def __call__(self, scope, receive, send):
+        self.entered.set()
         token = dict(scope["headers"])[b"x-request-id"].decode()
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", self.kind)]})
         if self.early:
             await send({"type": "http.response.body", "body": b"created", "more_body": True})
         await self.go.wait()
         for tokens, name in enumerate(self.ids, 100):
-            self.announcer.reused(name.format(token), tokens)
+            self.announcer.reused(name.format(token), tokens, time.monotonic())
         await send({"type": "http.response.body", "body": b"one", "more_body": True})
         await send({"type": "http.response.body", "body": b"two", "more_body": False})
 
@@ -186,13 +203,56 @@ def test_the_answer_tells(name, ids, tokens, streamed):
     asyncio.run(scenario())
 
 
+def timing(headers):
+    return {name: float(ms) for name, _, ms in (pair.partition("=") for pair in headers["x-kv-timing"].split(","))}
+
+
+def test_the_parts_of_the_time_until_the_first_bytes_are_told(name):
+    async def scenario():
+        made = Engine(name, ids=())
+        begin = time.monotonic()
+        waiting = asyncio.ensure_future(answer(made, go=False))
+        await made.entered.wait()
+        await asyncio.sleep(0.02)  # the time that is measured
+        # two prompts: one waits less, the other loads longer; times of another machine cannot be before the request
+        scheduled = time.monotonic()
+        made.announcer.reused("cmpl-abc-1-3c4d", 9, scheduled + 0.01, 0.01)
+        made.announcer.reused("cmpl-abc-0-1a2b", 9, scheduled, 0.015)
+        await asyncio.sleep(0.05)
+        made.go.set()
+        headers, _ = await waiting
+        total = (time.monotonic() - begin) * 1000
+        parts = timing(headers)
+        assert list(parts) == ["queue", "first-step", "load"]
+        assert 19 < parts["queue"] <= (scheduled - begin) * 1000 + 0.01
+        assert parts["load"] == 15
+        assert parts["first-step"] >= 34
+        assert total * 0.5 < sum(parts.values()) <= total + 0.02
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("shift", [-1e6, 1e6])
+def test_times_that_cannot_be_are_bounded_by_the_request(name, shift):
+    async def scenario():
+        made = Engine(name, ids=())
+        waiting = asyncio.ensure_future(answer(made, go=False))
+        await made.entered.wait()
+        made.announcer.reused("cmpl-abc-0-1a2b", 9, time.monotonic() + shift, 99)
+        made.go.set()
+        headers, _ = await waiting
+        assert all(0 <= value < 10_000 for value in timing(headers).values())
+
+    asyncio.run(scenario())
+
+
 def test_a_stream_that_speaks_before_its_first_token_waits_for_it(name):
     async def scenario():
         made = Engine(name, streamed=True, early=True)
         waiting = asyncio.ensure_future(answer(made, go=False))
         for _ in range(20):
             await asyncio.sleep(0)
-        made.announcer.reused("cmpl-abc-0-1a2b", 77)
+        made.announcer.reused("cmpl-abc-0-1a2b", 77, time.monotonic())
         await asyncio.sleep(0.05)
         made.go.set()
         headers, body = await waiting

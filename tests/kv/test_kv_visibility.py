@@ -96,6 +96,10 @@ def test_held_until_the_end_is_said(name):
         assert call.headers["x-kv-transfer-ms"] == "12.50"
         assert float(call.headers["x-kv-wait-ms"]) > 0
         assert "x-kv-reason" not in call.headers
+        names, times = zip(*(part.split("=") for part in call.headers["x-kv-timing"].split(",")), strict=True)
+        assert names == ("queue", "prefill", "hold")
+        assert times[2] == call.headers["x-kv-wait-ms"]
+        assert all(0 <= float(value) < 20_000 for value in times)
 
     run(scenario())
 

@@ -1,0 +1,76 @@
+"""Where the time to the first token (TTFT) of a streamed answer went, in parts that sum to it.
+
+Nothing is guessed and no clocks of two machines are compared. The proxy knows when the request came, when it asked each
+server and when each answered. The servers tell in ``x-kv-timing`` how long each thing took there; what is left of the
+time that the proxy waited for them was spent between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from disagg_prefill_lmcache_v1.proxy.headers import Header
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+
+PARTS = {
+    "proxy_queue": "from the request's head until the first server is asked: its body, checks, a place in the queue",
+    "prefill_queue": "in the prefill server, until its engine has scheduled the request",
+    "prefill": "the prefill server computes (all of its time, if it does not tell more)",
+    "kv_visible": "the prefill server holds its answer until the KV cache is visible in the store",
+    "hand_over": "in the proxy, between the prefill server's answer and asking the decode server",
+    "decode_queue": "in the decode server, until its engine has scheduled the request",
+    "load": "the decode server loads the KV cache",
+    "first_step": "the decode server computes what was not loaded, and the first token",
+    "decode": "all of the decode server's time, if it does not tell more",
+    "network": "between the proxy and servers that tell their times: HTTP on both sides",
+}
+HEADER = b"x-kv-timing"
+_SLACK_S = 0.0005  # servers round what they tell
+
+_MS = rb"(\d{1,9}\.\d\d)"
+told_by_prefill = re.compile(rb"queue=%b,prefill=%b,hold=%b" % (_MS, _MS, _MS)).fullmatch
+told_by_decode = re.compile(rb"queue=%b,first-step=%b,load=%b" % (_MS, _MS, _MS)).fullmatch
+
+
+def told_times(headers: Iterable[Header], read: Callable[[bytes], re.Match[bytes] | None]) -> tuple[float, ...]:
+    """The seconds that a server tells, empty if it does not."""
+    for name, value, _ in headers:
+        if name == HEADER:
+            found = read(value)
+            return tuple([float(ms) / 1000 for ms in found.groups()]) if found else ()
+    return ()
+
+
+def ttft_parts(request: RequestContext, ttft_s: float) -> dict[str, float]:
+    """Seconds of each part, which sum to ``ttft_s``."""
+    start, asked, sent = request.start, request.prefill_sent, request.decode_sent
+    parts = {"proxy_queue": (asked or sent) - start}
+    network = -1.0
+    if asked and request.prefill_answered:
+        whole, told = request.prefill_s, request.prefill_told
+        rest = whole - sum(told)
+        if told and rest > -_SLACK_S:
+            parts["prefill_queue"], parts["prefill"], parts["kv_visible"] = told
+            network = max(rest, 0.0)
+        else:
+            parts["prefill"] = whole
+        parts["hand_over"] = sent - asked - whole  # a server that did not take it was asked before, maybe
+    elif asked:
+        parts["prefill"] = sent - asked
+    whole, told = start + ttft_s - sent, request.decode_told
+    rest = whole - sum(told)
+    if told and rest > -_SLACK_S:
+        parts["decode_queue"], parts["load"], parts["first_step"] = told[0], told[2], told[1]
+        network = max(rest, 0.0) + max(network, 0.0)
+    else:
+        parts["decode"] = whole
+    if network >= 0:
+        parts["network"] = network
+    return parts
+
+
+def server_timing(parts: dict[str, float]) -> bytes:
+    """Header line that tells the parts to the client, milliseconds."""
+    text = ", ".join([f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items()])
+    return f"server-timing: {text}\r\n".encode()
