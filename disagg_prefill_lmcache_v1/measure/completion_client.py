@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from disagg_prefill_lmcache_v1.measure.parts import read_parts
 from disagg_prefill_lmcache_v1.measure.types import Answer
 
 
@@ -137,6 +138,8 @@ def _take_headers(answer: Answer, headers: Mapping[str, str]) -> None:
         answer.kv_wait_ms = float(headers["x-kv-wait-ms"])
     with contextlib.suppress(KeyError, ValueError):
         answer.told_reused_tokens = int(headers["x-reused-tokens"])
+    answer.request_id = headers.get("x-request-id", "")
+    answer.parts = read_parts(headers.get("server-timing", ""))
 
 
 async def _exchange(

@@ -62,7 +62,10 @@ async def load(session: aiohttp.ClientSession, settings: Settings, target: Targe
 
     async def one(body: dict[str, Any], start: float) -> None:
         await asyncio.sleep(begin + start - time.perf_counter())
-        answers.append(await send(body))
+        sent = time.perf_counter()
+        answer = await send(body)
+        answer.start_s = sent - begin
+        answers.append(answer)
 
     def status() -> str:
         errors = sum(answer.error is not None for answer in answers)

@@ -9,27 +9,17 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagg_prefill_lmcache_v1.measure.parts import describe_parts, percentile, summarise_parts
 from disagg_prefill_lmcache_v1.measure.settings import Settings
 from disagg_prefill_lmcache_v1.measure.target import rate
 from disagg_prefill_lmcache_v1.measure.types import Answer, LoadResult, ProbeResult, Target
 
 KV_WAIT_FAILED = ("timeout", "failed")
-
-
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Linear between the two nearest ranks; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -110,6 +100,7 @@ def summarise(
         "output_tokens": sum(answer.completion_tokens for answer in complete_ones),
         "duration_s": round(load_result.duration_s, 3),
         **_latencies(complete_ones),
+        **summarise_parts(complete_ones),
         **_kv_waits([*complete_ones, *probe_result.answers]),
         "kv_load": settings.kv_load,
         **_decoder_counts(load_result.decoder),
@@ -125,6 +116,35 @@ def summarise(
             "torch": _package_version("torch"),
             "python": platform.python_version(),
         },
+        "machine": {
+            "processor": _processor(),
+            "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)),
+        },
+        "each_request": [_each(answer) for answer in sorted(answers, key=lambda answer: answer.start_s)],
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
+
+
+def _each(answer: Answer) -> dict[str, Any]:
+    """What report.html shows of one request of the load."""
+    reused = answer.told_reused_tokens
+    return {
+        "id": answer.request_id,
+        "start_s": round(answer.start_s, 4),
+        "input_tokens": answer.prompt_tokens,
+        "output_tokens": answer.completion_tokens,
+        "reused_tokens": answer.cached_tokens if reused is None else reused,
+        "ttft_ms": _rounded(answer.ttft_ms, 2),
+        "e2el_ms": round(answer.duration_ms, 2),
+        "parts": answer.parts or None,
+        "error": answer.error or "",
+        "itls_ms": [round(gap, 2) for gap in answer.itl_ms],
     }
 
 
@@ -256,6 +276,7 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
         ("requests", f"{value('requests')} in {value('duration_s')} s"),
         ("errors", value("errors")),
         ("TTFT, median / p99", both("ttft_ms")),
+        ("TTFT goes to", describe_parts(summary)),
         ("ITL, median / p99", both("itl_ms")),
         ("KV wait, median / p99", f"{both('kv_wait_ms')}, {value('kv_wait_timeouts')} timeouts"),
         ("prompt tokens", value("prompt_tokens")),
@@ -272,10 +293,19 @@ def format_table(summary: dict[str, Any], *, colour: bool = False) -> str:
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
 
+def _to_json(summary: dict[str, Any]) -> str:
+    """Indented, but for one line a request."""
+    each = [f"    {json.dumps(request)}" for request in summary["each_request"]]
+    text = json.dumps({**summary, "each_request": []}, indent=2)
+    if each:
+        text = text.replace('"each_request": []', '"each_request": [\n' + ",\n".join(each) + "\n  ]", 1)
+    return text + "\n"
+
+
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> Path:
     """Writes summary.json as a whole or not at all."""
     path = run_dir / "summary.json"
     temporary = run_dir / f".summary-{os.getpid()}.json"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(_to_json(summary), encoding="utf-8")
     temporary.replace(path)
     return path

@@ -32,6 +32,9 @@ class Answer:
     ttft_ms: float | None = None  # request sent to first token; for an answer that is not streamed, to the whole of it
     itl_ms: list[float] = field(default_factory=list)  # gaps between the token chunks of a stream
     duration_ms: float = 0.0
+    start_s: float = 0.0  # when it was sent, since the load began
+    request_id: str = ""  # `x-request-id` of the proxy
+    parts: dict[str, float] = field(default_factory=dict)  # of TTFT, milliseconds: `server-timing` of the proxy
 
     def reusable_tokens(self, block: int = 1) -> int:
         """Prompt tokens that can be reused at most: whole blocks, and never the last one, as it gives the next."""

@@ -19,9 +19,10 @@ from mock_vllm import MAX_MODEL_LEN, MockVllm
 
 from disagg_prefill_lmcache_v1.measure import load_and_verify, target
 from disagg_prefill_lmcache_v1.measure.load import arrival_times
+from disagg_prefill_lmcache_v1.measure.parts import percentile, summarise_parts
 from disagg_prefill_lmcache_v1.measure.probe import PROBE_MAX_ERRORS, compare_answers
 from disagg_prefill_lmcache_v1.measure.settings import Settings
-from disagg_prefill_lmcache_v1.measure.summary import format_table, percentile
+from disagg_prefill_lmcache_v1.measure.summary import format_table, write_summary
 from disagg_prefill_lmcache_v1.measure.types import Answer, LoadError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,32 @@ def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVll
     table = format_table(summary)
     assert re.search(r"KV load always +5 requests loaded, 0 recomputed by choice", table)
     assert re.search(r"loaded +250 tokens in 0.0125 s, 20,000.0 tokens/s", table)
+
+
+def test_the_parts_of_ttft_are_summed_up_and_the_slowest_is_named(mocks: tuple[MockVllm, MockVllm], tmp_path) -> None:
+    mocks[0].kv_headers = {"x-request-id": "r", "server-timing": "prefill;dur=3.50, network;dur=0.01, load;dur=2"}
+    summary = run(mocks)
+    parts = summary["ttft_parts_ms"]
+    assert parts["prefill"] == {"p50": 3.5, "p90": 3.5, "p99": 3.5, "mean": 3.5}
+    assert (list(parts), summary["ttft_slowest_part"]) == (["prefill", "network", "load"], "prefill")
+    assert 0 <= summary["ttft_parts_close"] <= 1
+    assert re.search(r"TTFT goes to +prefill 3.5 ms \(64%\), load 2.0 ms \(36%\), network", format_table(summary))
+    each = summary["each_request"]
+    assert [request["start_s"] for request in each] == sorted(request["start_s"] for request in each)
+    for request in each:
+        assert request["parts"] == {"prefill": 3.5, "network": 0.01, "load": 2.0}
+        assert (request["id"], request["input_tokens"], request["output_tokens"], request["error"]) == ("r", 50, 4, "")
+        assert request["reused_tokens"] == 49
+        assert 0 < request["ttft_ms"] <= request["e2el_ms"]
+    text = write_summary(tmp_path, summary).read_text()
+    assert json.loads(text) == summary
+    assert len([line for line in text.splitlines() if '"start_s"' in line]) == 5, "a line each"
+
+
+@pytest.mark.parametrize(("share", "close"), [(1.0, 1.0), (0.9, 0.0)])
+def test_parts_that_do_not_sum_to_ttft_are_told(share: float, close: float) -> None:
+    answers = [Answer(ttft_ms=200.0, parts={"prefill": 150.0 * share, "load": 50.0 * share}) for _ in range(4)]
+    assert summarise_parts(answers)["ttft_parts_close"] == close
 
 
 def test_every_key_of_the_summary_is_documented(mocks: tuple[MockVllm, MockVllm]) -> None:

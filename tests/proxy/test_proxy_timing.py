@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from proxy_harness import DEADLINE_S, Stack, stack
+from proxy_harness import DEADLINE_S, REPOSITORY, Stack, stack
 
 from disagg_prefill_lmcache_v1.proxy import timing
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
@@ -55,6 +55,11 @@ def test_parts_sum_to_the_whole(values, expected) -> None:
     assert min(parts.values()) >= 0
     assert set(parts) <= set(timing.PARTS)
     assert [part for part in timing.PARTS if part in parts] == list(parts)
+
+
+def test_every_part_is_documented() -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    assert [part for part in timing.PARTS if f"`{part}`" not in page] == []
 
 
 def test_what_servers_tell() -> None:

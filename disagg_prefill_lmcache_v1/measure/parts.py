@@ -1,0 +1,56 @@
+"""Where the time to the first token went: the parts that the proxy tells of each streamed answer (proxy/timing.py)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from disagg_prefill_lmcache_v1.measure.types import Answer
+
+_CLOSE = 0.02  # the parts of a request sum to its TTFT within this part of it
+_part = re.compile(r"(\w+);dur=(\d+(?:\.\d+)?)(?:,|$)").findall
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Linear between the two nearest ranks; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def read_parts(header: str) -> dict[str, float]:
+    """Milliseconds of each part, from a ``server-timing`` header."""
+    return {name: float(ms) for name, ms in _part(header)}
+
+
+def summarise_parts(answers: Iterable[Answer]) -> dict[str, Any]:
+    """Keys of summary.json: milliseconds of the parts, the slowest, and how often they sum to the client's TTFT."""
+    told = [answer for answer in answers if answer.parts and answer.ttft_ms]
+    figures: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(name for answer in told for name in answer.parts):  # in the order of a request's way
+        values = [answer.parts.get(name, 0.0) for answer in told]
+        of = {f"p{percent}": percentile(values, percent) for percent in (50, 90, 99)}
+        figures[name] = {key: round(value or 0.0, 2) for key, value in of.items()}
+        figures[name]["mean"] = round(sum(values) / len(values), 2)
+    close = [abs(sum(answer.parts.values()) / answer.ttft_ms - 1) <= _CLOSE for answer in told if answer.ttft_ms]
+    return {
+        "ttft_parts_ms": figures,
+        "ttft_slowest_part": max(figures, key=lambda name: figures[name]["mean"], default=None),
+        "ttft_parts_close": round(sum(close) / len(close), 4) if close else None,
+    }
+
+
+def describe_parts(summary: dict[str, Any], shown: int = 4) -> str:
+    """One line: the largest parts, by their mean."""
+    means = {name: figures["mean"] for name, figures in summary["ttft_parts_ms"].items()}
+    total = sum(means.values())
+    if not total:
+        return "-"
+    largest = sorted(means, key=lambda name: -means[name])[:shown]
+    return ", ".join(f"{name} {means[name]:,.1f} ms ({means[name] / total:.0%})" for name in largest)
