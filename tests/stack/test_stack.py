@@ -34,6 +34,8 @@ from stack_harness import (
     prompt_tokens,
 )
 
+from disagg_prefill_lmcache_v1.proxy.timing import PARTS
+
 pytest.importorskip("vllm", reason="vLLM is not installed: the real stack is what is tested")
 pytest.importorskip("lmcache", reason="LMCache is not installed: the real stack is what is tested")
 
@@ -70,6 +72,21 @@ def test_the_example_passes(script, backend, kv_load, model_folder, tmp_path):
     logs = {"prefiller.log", "decoder.log", "proxy.log"} | ({"kv_server.log"} if backend != "nixl" else set())
     assert logs <= {path.name for path in tmp_path.iterdir()}
     assert left_running(tmp_path) == []
+    check_parts(tmp_path / "proxy.log", summary)
+
+
+def check_parts(proxy_log: Path, summary: dict) -> None:
+    """The parts of TTFT sum to what the proxy has measured, and both servers have told theirs."""
+    each = {request["id"]: request["parts"] for request in summary["each_request"]}
+    lines = [json.loads(line) for line in proxy_log.read_text().splitlines() if '"ttft_parts_ms"' in line]
+    lines = [line for line in lines if line["request_id"] in each]
+    assert len(lines) == summary["requests"]
+    close = [abs(sum(line["ttft_parts_ms"].values()) / line["ttft_ms"] - 1) <= 0.02 for line in lines]
+    assert sum(close) >= 0.95 * len(close), lines
+    for line in lines:
+        assert list(line["ttft_parts_ms"]) == [part for part in PARTS if part != "decode"], line
+        assert line["ttft_parts_ms"].keys() == each[line["request_id"]].keys()
+    assert summary["ttft_slowest_part"] in PARTS
 
 
 def test_a_corrupted_load_is_noticed(model_folder, tmp_path):
