@@ -23,6 +23,7 @@ from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.serve import check_tls, listen, raise_descriptor_limit, serve
 from disagg_prefill_lmcache_v1.proxy.settings import SettingsError, load_settings
 from disagg_prefill_lmcache_v1.proxy.workers import WORKER_ENV, Supervisor, worker_parts
+from disagg_prefill_lmcache_v1.settings import is_loopback
 
 PROG = "disagg_proxy_server.py"
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme = "https" if settings.ssl_certfile else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"{PROG}: listening on {scheme}://{host}:{sock.getsockname()[1]}", file=sys.stderr, flush=True)
+    if not (settings.api_key or settings.ssl_certfile or is_loopback(settings.host)):
+        print(f"{PROG}: warning: whoever reaches {host} can use it: no TLS, no key", file=sys.stderr, flush=True)
     if settings.workers > 1:
         return Supervisor(settings.workers, sock, [sys.executable, os.path.abspath(__file__), *argv]).run()
     return serve(settings, sock, Metrics())

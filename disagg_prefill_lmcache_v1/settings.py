@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -248,8 +249,9 @@ def check(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         good = good and (low is None or value >= low) and (high is None or value <= high)
         good = good and (above is None or value > above)
     if not good:
-        raise SettingsError(f"{source} {f'{value:g}' if isinstance(value, float) else repr(str(value))}: "
-                            f"allowed: {allowed_text(field)}")  # fmt: skip
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        shown = f"{value:g}" if isinstance(value, float) else repr(text)
+        raise SettingsError(f"{source} {shown}: allowed: {allowed_text(field)}")
     return value
 
 
@@ -290,3 +292,21 @@ def table(cls: type, *, prefix: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+# --- hosts
+
+HOST = {"pattern": r"[A-Za-z0-9_.:%-]+", "allowed": "an address or a name, as in 0.0.0.0, 10.0.0.1 or node-1"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there. A name other than localhost may be any machine's."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def authority(host: str, port: int) -> str:
+    """``HOST:PORT`` as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from disagg_prefill_lmcache_v1.launch.commands import build_command
+from disagg_prefill_lmcache_v1.launch.backends.base import number_of, role_of
+from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
 from disagg_prefill_lmcache_v1.launch.interpreter import PREFLIGHT
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
@@ -22,8 +23,12 @@ from disagg_prefill_lmcache_v1.launch.ports import is_listening
 from disagg_prefill_lmcache_v1.launch.preflight import PROBLEM, WARNING
 from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
+from disagg_prefill_lmcache_v1.settings import authority, is_loopback
 
 PROGRAM_VARIABLES = {"prefiller": "VLLM_PROGRAM", "decoder": "VLLM_PROGRAM", "proxy": "PROXY_PROGRAM"}
+
+
+SPELLED = {1: "one server", 2: "two servers"}
 
 
 class Problems:
@@ -52,7 +57,7 @@ def check_machine(plan: Plan[Settings], roles: Sequence[str]) -> None:
         problems.add(program_problem(plan, role))
         for port, name in role_ports(plan, role):
             problems.add(port_problem(plan, port, name))
-        if role in ROLES:
+        if role_of(role) in ROLES:
             config = build_command(plan, role).environment.get("LMCACHE_CONFIG_FILE")
             if config and not os.access(config, os.R_OK):
                 problems.add(f"cannot read LMCache's settings {config}")
@@ -72,9 +77,10 @@ def cards_problem(plan: Plan[Any]) -> str:
     cards, settings = plan.cards, plan.settings
     if not cards.too_few:
         return ""
+    servers = SPELLED.get(len(cards.of), f"{len(cards.of)} servers")
     return (
-        f"{cards.found} {settings.device} card(s) found, {cards.needed} needed for two servers of tensor parallel size "
-        f"{settings.tensor_parallel_size}: free some, or choose another --device"
+        f"{cards.found} {settings.device} card(s) found, {cards.needed} needed for {servers} "
+        f"of tensor parallel size {settings.tensor_parallel_size}: free some, or choose another --device"
     )
 
 
@@ -85,22 +91,25 @@ def program_problem(plan: Plan[Settings], role: str) -> str:
     first = build_command(plan, role).words[0]
     if first == plan.interpreter.path or shutil.which(first):
         return ""
-    name = PROGRAM_VARIABLES.get(role) or plan.backend.program_variable
+    name = PROGRAM_VARIABLES.get(role_of(role)) or plan.backend.program_variable
     return f"the program {first} is missing: install it, or name another with {name}"
 
 
 def role_ports(plan: Plan[Settings], role: str) -> list[tuple[int, str]]:
     """The ports that a server listens on, each with its setting's name."""
-    kv_ports = [(plan.backend.port + index, "kv_port") for index in range(plan.backend.ports)]
+    backend, server_role = plan.backend, role_of(role)
     if role == "kv-server":
-        return kv_ports
-    own = (getattr(plan.settings, f"{role}_port"), f"{role}_port")
-    return [own, *kv_ports] if role == "decoder" and not plan.backend.starts_server else [own]
+        return [(backend.port + index, "kv_port") for index in range(backend.ports)]
+    own = [(server_port(plan, role), f"{server_role}_port")]
+    if server_role == "decoder" and not backend.starts_server:
+        first = backend.port + number_of(role) * backend.ranks
+        own += [(first + index, "kv_port") for index in range(backend.ranks)]
+    return own
 
 
 def port_problem(plan: Plan[Settings], port: int, name: str) -> str:
     """A port that something listens on."""
-    if not is_listening(port):
+    if not is_listening(port, plan.host):
         return ""
     return f"port {port} is used by another program: stop it, or give another {plan.configuration.source(name)}"
 
@@ -176,6 +185,20 @@ def chunk_warning(plan: Plan[Any]) -> None:
             chunk = match.group(1) if match else ""
     if block.isdigit() and chunk.isdigit() and int(block) and int(chunk) % int(block):
         info(f"warning: LMCache's chunk size {chunk} is no multiple of the block size {block}: the rest is not reused")
+
+
+def exposure(plan: Plan[Settings], name: str) -> str:
+    """What to tell of a server here that other machines reach and that asks them for nothing, "" for none.
+
+    The proxy tells of itself.
+    """
+    host, port = (plan.backend.host if name == "kv-server" else plan.host), server_port(plan, name)
+    if is_loopback(host) or name == "proxy":
+        return ""
+    flags = {word for word in vllm_words(plan) if word.startswith("--")}
+    if name != "kv-server" and (flags & {"--api-key", "--ssl-certfile"} or plan.environ.get("VLLM_API_KEY")):
+        return ""
+    return f"{name} listens on {authority(host, port)} without TLS or a key: let only the stack's machines reach it"
 
 
 def lock_run_dir(plan: Plan[Settings]) -> int:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagg_prefill_lmcache_v1.launch.backends.base import number_of, role_of
 from disagg_prefill_lmcache_v1.launch.messages import mask_passwords
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
 from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE, REPOSITORY
 from disagg_prefill_lmcache_v1.launch.settings import Settings
+from disagg_prefill_lmcache_v1.settings import authority
 
 VLLM_PROGRAMS = {"module": "{python} -m vllm.entrypoints.openai.api_server --model", "vllm": "vllm serve"}
 # What makes the two roles differ, besides their ports and cards.
@@ -49,18 +51,18 @@ def fill(words: Sequence[str], python: str) -> list[str]:
     return [word.replace("{python}", python).replace("{package}", str(PACKAGE)) for word in words]
 
 
-def build_command(plan: Plan[Settings], role: str) -> Command:
-    """The command of ``prefiller``, ``decoder``, ``proxy``, ``kv-server``, ``load``, ``calibration`` or ``model``."""
-    if role in ROLES:
-        return vllm_server(plan, role)
+def build_command(plan: Plan[Settings], name: str) -> Command:
+    """The command of a vLLM server by its name, ``proxy``, ``kv-server``, ``load``, ``calibration`` or ``model``."""
+    if role_of(name) in ROLES:
+        return vllm_server(plan, name)
     words = {
         "proxy": _proxy,
         "kv-server": kv_server,
         "load": _load,
         "calibration": lambda plan: [*_load(plan), "--calibrate", "only"],
         "model": model_builder,
-    }[role](plan)
-    return Command(role, tuple(words), common_environment(plan), ("PROMETHEUS_MULTIPROC_DIR",))
+    }[name](plan)
+    return Command(name, tuple(words), common_environment(plan), ("PROMETHEUS_MULTIPROC_DIR",))
 
 
 def common_environment(plan: Plan[Any]) -> dict[str, str]:
@@ -75,18 +77,18 @@ def common_environment(plan: Plan[Any]) -> dict[str, str]:
 # --- vLLM
 
 
-def vllm_server(plan: Plan[Settings], role: str) -> Command:
+def vllm_server(plan: Plan[Settings], name: str) -> Command:
     """A vLLM server of the example."""
-    port = server_port(plan, role)
+    role, port = role_of(name), server_port(plan, name)
     text = plan.settings.vllm_program
     words = fill(VLLM_PROGRAMS.get(text, text).split(), plan.interpreter.path)
     words += [plan.model.name, "--host", plan.host, "--port", str(port), "--served-model-name", plan.model.served_name]
     words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, f"{role}-{port}")]
     words += [*SERVER_ARGUMENTS[role], *plan.configuration.vllm_arguments]
-    environment = engine_environment(plan, role)
+    environment = engine_environment(plan, name)
     environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
     # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
-    return Command(role, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
+    return Command(name, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
 
 
 def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
@@ -101,39 +103,49 @@ def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
     return words + (["--gpu-memory-utilization", memory] if memory else [])
 
 
-def engine_environment(plan: Plan[Any], role: str) -> dict[str, str]:
-    """The environment of vLLM's engine of a role, in a server or by itself."""
+def engine_environment(plan: Plan[Any], name: str) -> dict[str, str]:
+    """The environment of the engine of a vLLM server, or of a role by itself."""
     values = common_environment(plan) | plan.profile.child_environment(
         plan.environ, graphs=plan.settings.graphs == "on"
     )
-    values |= plan.backend.environment(role, plan.environ)
+    values |= plan.backend.environment(name, plan.environ)
     values["DISAGG_KV_LOAD"] = plan.settings.kv_load
     if plan.model.is_local:
         values["HF_HUB_OFFLINE"] = "1"
-    return values | plan.cards.environment(role)
+    return values | plan.cards.environment(name)
 
 
 # --- the others
 
 
-def server_port(plan: Plan[Settings], role: str) -> int:
-    """Port of a server by its role."""
-    return plan.backend.port if role == "kv-server" else getattr(plan.settings, f"{role}_port")
+def server_port(plan: Plan[Settings], name: str) -> int:
+    """Port of a server by its name."""
+    if name == "kv-server":
+        return plan.backend.port
+    return getattr(plan.settings, f"{role_of(name)}_port") + number_of(name)
+
+
+def server_urls(plan: Plan[Settings], role: str) -> tuple[str, ...]:
+    """The vLLM servers of a role: those on other machines that were named, else those on this one."""
+    here = [name for name in plan.servers if role_of(name) == role]
+    return getattr(plan.settings, f"{role}_url") or tuple(
+        f"http://{authority(plan.reach, server_port(plan, name))}" for name in here
+    )
 
 
 def _proxy(plan: Plan[Settings]) -> list[str]:
     words = fill(plan.settings.proxy_program.split(), plan.interpreter.path)
     words += ["--host", plan.host, "--port", str(plan.settings.proxy_port)]
-    for role in ROLES:
-        words += [f"--{role}-host", plan.host, f"--{role}-port", str(server_port(plan, role))]
-    return words
+    return words + [word for role in ROLES for url in server_urls(plan, role) for word in (f"--{role}", url)]
 
 
 def _load(plan: Plan[Settings]) -> list[str]:
     settings = plan.settings
     words = fill(settings.load_program.split(), plan.interpreter.path)
-    for role in ("proxy", *ROLES):
-        words += [f"--{role}-url", f"http://{plan.host}:{server_port(plan, role)}"]
+    words += ["--proxy-url", f"http://{authority(plan.reach, settings.proxy_port)}"]
+    # Any prefiller gives the reference; each decoder counts its own reuse.
+    words += ["--prefiller-url", server_urls(plan, "prefiller")[0]]
+    words += [word for url in server_urls(plan, "decoder") for word in ("--decoder-url", url)]
     values = {
         "model": plan.model.served_name,
         "num-prompts": settings.num_prompts,

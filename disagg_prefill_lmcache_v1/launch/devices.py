@@ -83,7 +83,7 @@ def assign_cards(profile: Profile, ranks: int, roles: Sequence[str], environ: Ma
     listed = visible not in ("", "all")
     numbers = [part.strip() for part in visible.split(",")] if listed else []
     found = len(numbers) if listed else count_cards(profile)
-    shared = found == 1 and each == 1 and profile.get("SHARED_GPU_MEMORY_UTILIZATION") != ""
+    shared = found == 1 and each == 1 and len(roles) == 2 and profile.get("SHARED_GPU_MEMORY_UTILIZATION") != ""
     if not listed:
         numbers = sorted(list_rows(profile.words("LIST_CARD_NUMBERS"), r"^\d+$"), key=int)
         if len(numbers) < (1 if shared else needed):

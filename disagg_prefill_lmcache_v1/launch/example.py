@@ -12,10 +12,11 @@ from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
-from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
+from disagg_prefill_lmcache_v1.launch.plan import Plan, make_plan
 from disagg_prefill_lmcache_v1.launch.prepare import prepare, settle
 from disagg_prefill_lmcache_v1.launch.settings import Settings, read_configuration
 from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor, Target
+from disagg_prefill_lmcache_v1.settings import authority
 
 # LMCache goes on without any reuse when it cannot work.
 UNHEALTHY = re.compile(r"LMCache is unhealthy|degraded mode|Failed to initialize .*remote", re.IGNORECASE)
@@ -54,7 +55,7 @@ def dry_run(plan: Plan[Settings]) -> None:
     """Prints every command with its environment as a shell takes it."""
     roles = ["model"] if plan.model.built else []
     roles += ["kv-server"] if plan.backend.runs_server else []
-    roles += [*ROLES, "proxy"]
+    roles += [*plan.servers, "proxy"]
     if not plan.settings.serve:
         roles.append("load")
     elif plan.settings.kv_load == "auto":
@@ -91,7 +92,7 @@ class Example:
         if plan.cards.shared:
             share = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION")
             info(f"one card for both servers: each takes {share} of its memory")
-        roles = [*ROLES, "proxy", *(["kv-server"] if plan.backend.runs_server else [])]
+        roles = [*plan.servers, "proxy", *(["kv-server"] if plan.backend.runs_server else [])]
         prepare(plan, self.supervisor, roles, own_run_dir=True)
 
     def start(self, role: str) -> None:
@@ -106,8 +107,9 @@ class Example:
         targets = []
         for role in roles:
             log = log_of(self.plan, role)
-            problem = (lambda log=log: start_problem(log)) if role in ROLES else None
-            targets.append(Target(self.children[role], server_port(self.plan, role), path, problem))
+            problem = (lambda log=log: start_problem(log)) if role in self.plan.servers else None
+            host = self.plan.backend.reach if role == "kv-server" else self.plan.reach
+            targets.append(Target(self.children[role], server_port(self.plan, role), path, problem, host))
         self.supervisor.await_ready(timeout_s, targets)
 
     def start_servers(self) -> None:
@@ -119,7 +121,7 @@ class Example:
             self.await_ready(float(profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
             if plan.backend.name == "redis":
                 check_redis_answers(plan, self.supervisor)
-        order = tuple(reversed(ROLES)) if plan.backend.decoder_first else ROLES
+        order = tuple(reversed(plan.servers)) if plan.backend.decoder_first else plan.servers
         for role in order:
             self.start(role)
             # Servers on one card size their memory by what is free, so the second must come after the first.
@@ -134,7 +136,7 @@ class Example:
 
     def check_lmcache(self) -> None:
         """LMCache goes on without any reuse when it cannot work; the example must not. Raises Failure."""
-        for role in ROLES:
+        for role in self.plan.servers:
             log = log_of(self.plan, role)
             with log.open(encoding="utf-8", errors="replace") as lines:
                 if any(UNHEALTHY.search(line) for line in lines):
@@ -171,5 +173,5 @@ def curl(plan: Plan[Settings]) -> str:
     """A request to paste; the proxy's key stays in its variable."""
     body = json.dumps({"model": plan.model.served_name, "prompt": "Once upon a time", "max_tokens": 16})
     key = ' -H "Authorization: Bearer $DISAGG_PROXY_API_KEY"' if plan.environ.get("DISAGG_PROXY_API_KEY") else ""
-    url = f"http://{plan.host}:{plan.settings.proxy_port}/v1/completions"
+    url = f"http://{authority(plan.settings.advertise_host or plan.reach, plan.settings.proxy_port)}/v1/completions"
     return f"curl {url} -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -24,6 +24,7 @@ from disagg_prefill_lmcache_v1.launch.devices import assign_cards
 from disagg_prefill_lmcache_v1.launch.interpreter import Interpreter, choose_interpreter
 from disagg_prefill_lmcache_v1.launch.messages import UsageError
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, choose_model
+from disagg_prefill_lmcache_v1.launch.ports import HOST
 from disagg_prefill_lmcache_v1.launch.settings import WAYS, Configuration, EngineSettings, read_configuration
 from disagg_prefill_lmcache_v1.settings import SettingsError, setting
 
@@ -74,9 +75,10 @@ def configure(
     )  # fmt: skip
     settings = configuration.settings
     schemes = BACKENDS[settings.backend].schemes
-    if settings.remote_url and urlsplit(settings.remote_url).scheme not in schemes:
+    starts_server = BACKENDS[settings.backend].starts_server
+    if settings.remote_url and not (starts_server and urlsplit(settings.remote_url).scheme in schemes):
         allowed = " or ".join(f"{scheme}://" for scheme in schemes)
-        needs = f"needs a URL that begins with {allowed}" if allowed else "has no KV server"
+        needs = f"needs a URL that begins with {allowed}" if starts_server else "has no KV server"
         raise UsageError(f"{configuration.source('remote_url')}: --backend {settings.backend} {needs}")
     prompt = settings.prompt
     if settings.prompt_file:
@@ -106,7 +108,7 @@ def make_plan(
     model = choose_model(configuration, environ)
     try:
         backend = make_backend(
-            settings.backend, environ=environ, profile=profile.settings, host=profile.get("HOST"),
+            settings.backend, environ=environ, profile=profile.settings, host=HOST,
             port=settings.kv_port, ranks=settings.tensor_parallel_size, url=settings.remote_url, run_dir=log_dir,
         )  # fmt: skip
     except SettingsError as error:

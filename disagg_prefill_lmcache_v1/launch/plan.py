@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic
+from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.launch.backends import BACKENDS, make_backend
-from disagg_prefill_lmcache_v1.launch.backends.base import Backend
+from disagg_prefill_lmcache_v1.launch.backends.base import WILDCARDS, Backend
 from disagg_prefill_lmcache_v1.launch.devices import Cards, assign_cards
 from disagg_prefill_lmcache_v1.launch.interpreter import Interpreter, choose_interpreter
 from disagg_prefill_lmcache_v1.launch.messages import UsageError
 from disagg_prefill_lmcache_v1.launch.places import default_run_dir, place
 from disagg_prefill_lmcache_v1.launch.profiles import Profile
 from disagg_prefill_lmcache_v1.launch.settings import Configuration, S, Settings
-from disagg_prefill_lmcache_v1.settings import SettingsError
+from disagg_prefill_lmcache_v1.settings import SettingsError, flag_of, is_loopback
 
 ROLES = ("prefiller", "decoder")
 PORTS = ("proxy_port", "prefiller_port", "decoder_port")
@@ -63,10 +64,30 @@ class Plan(Generic[S]):
 
     @property
     def host(self) -> str:
-        return self.backend.host
+        """Where its servers listen."""
+        return self.settings.host
+
+    @property
+    def reach(self) -> str:
+        """The host by which they reach each other on this machine."""
+        return WILDCARDS.get(self.host, self.host)
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Names of its vLLM servers, ``prefiller``, ``prefiller2`` and so on."""
+        return server_names(self.settings)
 
     def with_kv_port(self, port: int) -> Plan[S]:
         return replace(self, backend=replace(self.backend, port=port))
+
+
+def server_names(settings: Settings) -> tuple[str, ...]:
+    """Names of the vLLM servers of the example, prefillers first."""
+    return tuple(
+        role if number == 1 else f"{role}{number}"
+        for role in ROLES
+        for number in range(1, getattr(settings, f"{role}s") + 1)
+    )
 
 
 def choose_model(configuration: Configuration[S], environ: Mapping[str, str], served_name: str = "") -> Model:
@@ -91,57 +112,108 @@ def choose_model(configuration: Configuration[S], environ: Mapping[str, str], se
     return Model(name, served_name or name)
 
 
-def make_plan(configuration: Configuration[Settings], environ: Mapping[str, str]) -> Plan[Settings]:
-    """The plan of the example or of one of its servers.
+def make_plan(configuration: Configuration[Settings], environ: Mapping[str, str], role: str = "") -> Plan[Settings]:
+    """The plan of the example, or of one of its servers.
 
     Raises:
         UsageError: settings that do not fit together.
     """
     settings, profile = configuration.settings, configuration.profile
-    check_redis_url(configuration)
+    url = check_store_url(configuration)
     model = choose_model(configuration, environ, settings.served_model_name)
     run_dir = Path(os.path.abspath(settings.run_dir or default_run_dir(environ)))
     try:
         backend = make_backend(
-            settings.backend, environ=environ, profile=profile.settings, host=profile.get("HOST"),
-            port=settings.kv_port, ranks=settings.tensor_parallel_size, url=settings.redis_url, run_dir=run_dir,
+            settings.backend, environ=environ, profile=profile.settings, host=settings.host, port=settings.kv_port,
+            ranks=settings.tensor_parallel_size, decoders=settings.decoders, advertise_host=settings.advertise_host,
+            url=url, run_dir=run_dir,
         )  # fmt: skip
     except SettingsError as error:
         raise UsageError(str(error)) from error
+    check_hosts(configuration, backend, role)
     check_ports(settings, backend)
-    cards = assign_cards(profile, settings.tensor_parallel_size, ROLES, environ)
+    on_cards: Sequence[str] = server_names(settings)
+    if role and (role not in ROLES or not is_loopback(settings.host)):
+        # A server that others are to reach has its machine to itself; on one machine two share its cards.
+        on_cards = [role] if role in ROLES else []
+    cards = assign_cards(profile, settings.tensor_parallel_size, on_cards, environ)
     interpreter = choose_interpreter(settings.python, profile, environ)
     return Plan(configuration, backend, cards, model, interpreter, environ)
 
 
-def check_redis_url(configuration: Configuration[Settings]) -> None:
-    """Raises UsageError for a URL that cannot be, without showing it: it may hold a password."""
-    url, source = configuration.settings.redis_url, configuration.source("redis_url")
+def check_store_url(configuration: Configuration[Settings]) -> str:
+    """The URL of a store that runs already, "" for none. Raises UsageError, without showing a URL with a password."""
+    settings = configuration.settings
+    if settings.redis_url and settings.kv_url:
+        raise UsageError("--kv-url and --redis-url are the same setting: give one")
+    name = "redis_url" if settings.redis_url else "kv_url"
+    url, source = getattr(settings, name), configuration.source(name)
     if not url:
-        return
-    if configuration.settings.backend != "redis":
+        return ""
+    if settings.redis_url and settings.backend != "redis":
         raise UsageError(f"{source} goes with --backend redis")
-    schemes = "|".join(BACKENDS["redis"].schemes)
-    if not re.fullmatch(rf"({schemes})://[^\s/]+(/\S*)?", url):
-        raise UsageError(f"{source}: allowed: redis:// or rediss://, as in redis://:password@host:6379/0")
+    kind = BACKENDS[settings.backend]
+    schemes = " or ".join(f"{scheme}://" for scheme in kind.schemes)
+    if settings.backend == "redis":
+        if not re.fullmatch(rf"({'|'.join(kind.schemes)})://[^\s/]+(/\S*)?", url):
+            raise UsageError(f"{source}: allowed: {schemes}, as in redis://:password@host:6379/0")
+        return url
+    if not re.fullmatch(rf"({'|'.join(kind.schemes)})://([A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{{1,5}}", url):
+        raise UsageError(f"{source}: --backend {settings.backend} allows {schemes}HOST:PORT")
+    if kind.local and not is_loopback(urlsplit(url).hostname or ""):
+        raise UsageError(
+            f"{source}: the server of --backend {settings.backend} must run on the machine of the vLLM server: "
+            "between machines take --backend lm, redis or nixl"
+        )
+    return url
+
+
+def check_hosts(configuration: Configuration[Settings], backend: Backend, role: str) -> None:
+    """Raises UsageError for servers that others are to reach and cannot. ``role`` "": of the example."""
+    settings = configuration.settings
+    for name in ("prefiller_url", "decoder_url"):
+        if not role and getattr(settings, name):
+            raise UsageError(f"{configuration.source(name)}: the example starts its servers itself: use the launcher")
+    for name in ("prefillers", "decoders"):
+        if role and getattr(settings, name) > 1:
+            raise UsageError(f"{configuration.source(name)} is the example's: start each server with its own port")
+    if settings.advertise_host in WILDCARDS:
+        raise UsageError(f"--advertise-host {settings.advertise_host}: allowed: what other machines can connect to")
+    if is_loopback(settings.host):
+        return
+    if role == "kv-server" and backend.local:
+        other = " (another Redis: --kv-url)" if backend.name == "redis" else ""
+        raise UsageError(
+            f"--host {settings.host}: the server of --backend {backend.name} is for this machine alone{other}"
+        )
+    if role == "decoder" and backend.name == "nixl" and backend.reach != settings.host and not settings.advertise_host:
+        raise UsageError(f"--host {settings.host} with --backend nixl needs --advertise-host: prefillers connect to it")
+
+
+def ports_of(settings: Settings, backend: Backend) -> dict[str, range]:
+    """The ports that each setting's servers take."""
+    counts = {"prefiller_port": settings.prefillers, "decoder_port": settings.decoders}
+    ports = {name: range(getattr(settings, name), getattr(settings, name) + counts.get(name, 1)) for name in PORTS}
+    return {**ports, "kv_port": range(backend.port, backend.port + backend.ports)}
 
 
 def check_ports(settings: Settings, backend: Backend) -> None:
     """Raises UsageError where two servers would take the same port."""
-    ports = {**{name: getattr(settings, name) for name in PORTS}, "kv_port": backend.port}
+    ports = ports_of(settings, backend)
     names = list(ports)
     for index, name in enumerate(names):
+        row = ports[name]
+        if row[-1] > 65535:
+            raise UsageError(f"{flag_of(name)} {row[0]}: {len(row)} ports in a row are needed")
         for other in names[index + 1 :]:
-            if ports[name] == ports[other]:
-                first, second = (f"--{each.replace('_', '-')}" for each in (name, other))
-                raise UsageError(f"{first} and {second} are both {ports[name]}: four different ports are needed")
-    row = f"--kv-port {backend.port}"
-    for name in PORTS:
-        if backend.port <= ports[name] < backend.port + backend.ports:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{flag} {ports[name]} is one of the {backend.ports} ports from {row} on, one for each rank of the "
-                "decoder"
-            )
-    if backend.port + backend.ports > 65536:
-        raise UsageError(f"{row}: {backend.ports} ports in a row are needed")
+            if row[0] == ports[other][0]:
+                raise UsageError(
+                    f"{flag_of(name)} and {flag_of(other)} are both {row[0]}: four different ports are needed"
+                )
+            for first, second in ((name, other), (other, name)):
+                if ports[first][0] in ports[second]:
+                    each = "rank of each decoder" if second == "kv_port" else "server"
+                    raise UsageError(
+                        f"{flag_of(first)} {ports[first][0]} is one of the {len(ports[second])} ports from "
+                        f"{flag_of(second)} {ports[second][0]} on, one for each {each}"
+                    )

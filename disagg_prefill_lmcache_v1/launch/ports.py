@@ -16,30 +16,42 @@ HOST = "127.0.0.1"
 LISTEN = "0A"  # the state in /proc/net/tcp
 OLD_CONNECTIONS_S = 70.0  # the kernel keeps their remains for 60 s
 # Addresses that a server on the loopback address would collide with: it, any, and both as IPv6 writes them.
-_LOCAL = re.compile(r"(0100007F|0{8}|0{16}FFFF00000100007F|0{32}):([0-9A-F]{4})")
+_LOCAL = re.compile(r"(0100007F|0{8}|0{16}FFFF00000100007F|0{32})")
+ANY = ("0.0.0.0", "::")
 
 
-def port_rows(port: int) -> list[tuple[str, int]]:
-    """State and inode of each TCP socket on this local port that a loopback server would collide with."""
+def _collides(host: str) -> re.Pattern[str]:
+    """Of the addresses in the kernel's tables, those that a server on ``host`` would collide with."""
+    if host in ANY:
+        return re.compile(r"[0-9A-F]+")
+    with contextlib.suppress(OSError):  # else a name, or IPv6: the server itself will tell
+        packed = socket.inet_aton(host)
+        return re.compile(rf"{_LOCAL.pattern}|{packed[::-1].hex().upper()}")
+    return _LOCAL
+
+
+def port_rows(port: int, host: str = HOST) -> list[tuple[str, int]]:
+    """State and inode of each TCP socket on this local port that a server on ``host`` would collide with."""
     rows = []
+    address = _collides(host)
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in Path("/proc/net", table).read_text(encoding="ascii").splitlines()[1:]:
                 words = line.split()
-                local = _LOCAL.fullmatch(words[1])
-                if local and int(local[2], 16) == port:
+                local, _, number = words[1].partition(":")
+                if int(number, 16) == port and address.fullmatch(local):
                     rows.append((words[3], int(words[9])))
     return rows
 
 
-def is_listening(port: int) -> bool:
+def is_listening(port: int, host: str = HOST) -> bool:
     """Whether a server has this port."""
-    return any(state == LISTEN for state, _ in port_rows(port))
+    return any(state == LISTEN for state, _ in port_rows(port, host))
 
 
-def port_is_ours(port: int, pids: Iterable[int]) -> bool:
+def port_is_ours(port: int, pids: Iterable[int], host: str = HOST) -> bool:
     """Whether the listening socket belongs to one of these processes; True where that cannot be seen."""
-    sockets = {f"socket:[{inode}]" for state, inode in port_rows(port) if state == LISTEN}
+    sockets = {f"socket:[{inode}]" for state, inode in port_rows(port, host) if state == LISTEN}
     if not sockets:
         return True
     for pid in pids:
@@ -61,18 +73,18 @@ def free_port(in_a_row: int = 1) -> int:
             return first
 
 
-def tcp_answers(port: int, timeout_s: float = 2.0) -> bool:
+def tcp_answers(port: int, timeout_s: float = 2.0, host: str = HOST) -> bool:
     """One quick try to connect."""
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout_s):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
         return True
     return False
 
 
-def http_answers(port: int, path: str, timeout_s: float = 2.0, key: str = "") -> bool:
+def http_answers(port: int, path: str, timeout_s: float = 2.0, key: str = "", host: str = HOST) -> bool:
     """Whether a GET of this path, with an API ``key``, is answered with 200, in one quick try."""
     fields = f"Host: localhost\r\nAuthorization: Bearer {key}\r\n" if key else "Host: localhost\r\n"
     deadline = time.monotonic() + timeout_s
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout_s) as connection:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n{fields}\r\n".encode())
         answer = b""
         while b"\n" not in answer and len(answer) < 1024 and time.monotonic() < deadline:
@@ -84,7 +96,9 @@ def http_answers(port: int, path: str, timeout_s: float = 2.0, key: str = "") ->
     return False
 
 
-def settle_kv_port(port: int, *, given: bool, others: Collection[int], pause: Callable[[], None]) -> int:
+def settle_kv_port(
+    port: int, *, given: bool, others: Collection[int], pause: Callable[[], None], host: str = HOST
+) -> int:
     """The port that the KV server takes: this one, or the next without remains of old connections.
 
     LMCache's server binds without SO_REUSEADDR, so such remains would stop it. A port that a person has ``given`` is
@@ -95,7 +109,7 @@ def settle_kv_port(port: int, *, given: bool, others: Collection[int], pause: Ca
     """
     wanted = port
     with Progress() as progress:
-        while rows := port_rows(port):
+        while rows := port_rows(port, host):
             if not given:
                 port += 1
                 while port in others:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from disagg_prefill_lmcache_v1.launch.checks import check_machine, check_python, lock_run_dir
-from disagg_prefill_lmcache_v1.launch.plan import PORTS, ROLES, Plan
+from disagg_prefill_lmcache_v1.launch.checks import check_machine, check_python, exposure, lock_run_dir
+from disagg_prefill_lmcache_v1.launch.messages import info
+from disagg_prefill_lmcache_v1.launch.plan import Plan, ports_of
 from disagg_prefill_lmcache_v1.launch.ports import settle_kv_port
 from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.launch.setup import build_model, set_up_python, set_up_redis
@@ -16,6 +17,8 @@ def prepare(plan: Plan[Settings], supervisor: Supervisor, roles: Sequence[str], 
     """Checks and set-up for these servers; ``own_run_dir``: no other run may use it meanwhile. Raises Failure."""
     log = plan.run_dir / "setup.log"
     check_machine(plan, roles)
+    for line in filter(None, (exposure(plan, name) for name in roles)):
+        info(f"warning: {line}")
     if own_run_dir:
         lock_run_dir(plan)
         (plan.run_dir / "summary.json").unlink(missing_ok=True)  # an old one would pass for this run's
@@ -23,12 +26,13 @@ def prepare(plan: Plan[Settings], supervisor: Supervisor, roles: Sequence[str], 
     check_python(plan, supervisor)
     if "kv-server" in roles and plan.backend.name == "redis" and plan.backend.runs_server:
         set_up_redis(supervisor, plan.backend.server()[0], log)
-    if set(roles) & set(ROLES):
+    if set(roles) & set(plan.servers):
         build_model(supervisor, plan, log)
 
 
 def settle(plan: Plan[Settings], pause: Callable[[], None]) -> Plan[Settings]:
     """The plan with a KV port that can be bound. Raises Failure."""
-    others = [getattr(plan.settings, name) for name in PORTS]
+    others = [port for name, row in ports_of(plan.settings, plan.backend).items() if name != "kv_port" for port in row]
     given = plan.configuration.given("kv_port")
-    return plan.with_kv_port(settle_kv_port(plan.backend.port, given=given, others=others, pause=pause))
+    port = settle_kv_port(plan.backend.port, given=given, others=others, pause=pause, host=plan.backend.host)
+    return plan.with_kv_port(port)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
+from disagg_prefill_lmcache_v1.launch.backends.base import Backend
 from disagg_prefill_lmcache_v1.launch.commands import build_command
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
-from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status
+from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, mask_passwords
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
 from disagg_prefill_lmcache_v1.launch.ports import tcp_answers
 from disagg_prefill_lmcache_v1.launch.prepare import prepare, settle
@@ -39,7 +41,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> None:
         raise UsageError(f"unexpected argument '{words[2]}'")
     if words[1:]:
         configuration = configuration.with_model(words[1])
-    plan = make_plan(configuration, environ)
+    plan = make_plan(configuration, environ, role)
     if plan.settings.dry_run:
         print(f"# {role}\n{build_command(plan, role).shell_line(environ)}")
         return
@@ -60,12 +62,20 @@ def prepare_server(plan: Plan[Settings], role: str) -> Plan[Settings]:
     if role == "kv-server" and not backend.starts_server:
         raise Failure(f"with --backend {backend.name} there is no KV server to start: the decoder receives")
     if role == "kv-server" and backend.url:
-        raise Failure("with --redis-url there is no KV server to start")
+        raise Failure("with --kv-url there is no KV server to start")
     with Supervisor(grace_s=float(plan.profile.get("STOP_GRACE"))) as supervisor:
         prepare(plan, supervisor, [role])
-        if role in ROLES and backend.runs_server and not tcp_answers(backend.port):
+        if role in ROLES and backend.starts_server and not store_answers(backend):
             raise Failure(
-                f"no KV server answers on port {backend.port}: start one first (kv-server), or give its --kv-port or "
-                "--redis-url"
+                f"no KV server answers at {mask_passwords(backend.store_url)}: start one first (kv-server), or name "
+                "another with --kv-url"
             )
         return settle(plan, supervisor.tick) if role == "kv-server" else plan
+
+
+def store_answers(backend: Backend) -> bool:
+    """Whether something listens where the store should. A Redis that runs already has been asked by preflight."""
+    if backend.url and backend.name == "redis":
+        return True
+    parts = urlsplit(backend.store_url)
+    return tcp_answers(parts.port or 0, host=parts.hostname or "")

@@ -16,10 +16,11 @@ from disagg_prefill_lmcache_v1.launch.backends import BACKENDS
 from disagg_prefill_lmcache_v1.launch.devices import choose_device
 from disagg_prefill_lmcache_v1.launch.messages import UsageError
 from disagg_prefill_lmcache_v1.launch.profiles import DEVICES, Profile, ProfileError, load_profile
-from disagg_prefill_lmcache_v1.settings import SettingsError, flag_of, parser_of, resolve, setting
+from disagg_prefill_lmcache_v1.settings import HOST, SettingsError, flag_of, parser_of, resolve, setting
 
 PREFIX = "DISAGG_"
 PORT = {"kind": "whole", "low": 1, "high": 65535}
+URL = {"pattern": r"https?://[^\s/]+/?", "allowed": "http://HOST:PORT or https://HOST:PORT"}
 WAYS = f"way of the KV cache ({', '.join(f'{name}: {kind.title}' for name, kind in BACKENDS.items())})"
 OF_DEVICE = "the device's"
 
@@ -75,9 +76,24 @@ class Settings(EngineSettings):
     proxy_port: int = setting(8000, "port of the proxy", **PORT)
     prefiller_port: int = setting(8100, "port of the prefill server", **PORT)
     decoder_port: int = setting(8200, "port of the decode server", **PORT)
-    redis_url: str = setting(
-        "", "use this Redis (redis:// or rediss://) instead of starting one; with a password better by the environment"
+    prefillers: int = setting(1, "prefill servers of the example, on ports in a row", low=1, high=64)
+    decoders: int = setting(1, "decode servers of the example, on ports in a row", low=1, high=64)
+    host: str = setting("127.0.0.1", "address that the servers started here listen on; 0.0.0.0: every one", **HOST)
+    advertise_host: str = setting(
+        "", "host by which other machines reach the servers started here", shown="that of --host", **HOST
     )
+    prefiller_url: tuple[str, ...] = setting(
+        (), "launcher: prefill server that the proxy asks; repeat for several (default: the one on this machine)", **URL
+    )
+    decoder_url: tuple[str, ...] = setting(
+        (), "launcher: decode server that the proxy asks; repeat for several (default: the one on this machine)", **URL
+    )
+    kv_url: str = setting(
+        "",
+        "use this KV store (lm://HOST:PORT, redis://...) instead of one on this machine; nixl: decoder that the "
+        "prefiller writes to; with a password better by the environment",
+    )
+    redis_url: str = setting("", "the same as --kv-url, for --backend redis")
     num_prompts: int = setting(
         None, "requests of the load; 0: only the correctness probe", kind="whole", low=0, high=10**6, shown=OF_DEVICE
     )

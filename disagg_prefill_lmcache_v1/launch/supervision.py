@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from disagg_prefill_lmcache_v1.launch.messages import CONSOLE, Failure, Interrupted, Progress, info
+from disagg_prefill_lmcache_v1.launch.ports import HOST
 from disagg_prefill_lmcache_v1.launch.processes import Machine
 
 TICK_S = 0.1
@@ -49,6 +50,7 @@ class Target:
     port: int
     path: str = ""
     problem: Callable[[], str] | None = None
+    host: str = HOST
     _looked: float = field(default=float("-inf"), init=False)
     _found: tuple[float, str] | None = field(default=None, init=False)
 
@@ -183,11 +185,11 @@ class Supervisor:
                 self.machine.pause(TICK_S)
 
     def _is_ready(self, target: Target, elapsed_s: float) -> bool:
-        if not self.machine.answers(target.port, target.path):
+        if not self.machine.answers(target.port, target.path, target.host):
             return False
         self.check()
         name = target.child.name
-        if not self.machine.is_ours(target.port, target.child.pid):
+        if not self.machine.is_ours(target.port, target.child.pid, target.host):
             raise Failure(f"port {target.port} is answered by another program, not by the {name} started here")
         path = f" ({target.path})" if target.path else ""
         info(f"{name} is ready on port {target.port}{path} after {elapsed_s:.0f} s")

@@ -18,7 +18,9 @@ class Settings:
 
     proxy_url: str = setting("http://127.0.0.1:8000", "proxy that the load goes through", **_URL)
     prefiller_url: str = setting("http://127.0.0.1:8100", "prefill server, asked directly for the reference", **_URL)
-    decoder_url: str = setting("http://127.0.0.1:8200", "decode server, asked for its reuse counters", **_URL)
+    decoder_url: tuple[str, ...] = setting(
+        ("http://127.0.0.1:8200",), "decode server, asked for its reuse counters; repeat for several", **_URL
+    )
     api_key: str = setting(
         "", "key that the proxy asks for (no flag, as argument lists can be read)", flag=False,
         env="DISAGG_PROXY_API_KEY",
@@ -64,8 +66,9 @@ class Settings:
     ready_file: Path | None = setting(None, "file created when the first load request is sent", kind="path")
 
     def __post_init__(self) -> None:
-        for name in ("proxy_url", "prefiller_url", "decoder_url"):
+        for name in ("proxy_url", "prefiller_url"):
             object.__setattr__(self, name, getattr(self, name).rstrip("/"))
+        object.__setattr__(self, "decoder_url", tuple(url.rstrip("/") for url in self.decoder_url))
 
     @property
     def exact(self) -> bool:

@@ -72,11 +72,12 @@ async def inspect_target(session: aiohttp.ClientSession, settings: Settings) -> 
 
 
 async def decoder_counters(session: aiohttp.ClientSession, settings: Settings) -> dict[str, float]:
-    """The decoder's DECODER_COUNTERS since its start; those that it does not tell are left out."""
+    """DECODER_COUNTERS since the start, of all decoders together; what they do not tell is left out."""
+    counters: dict[str, float] = {}
+    deadline = min(settings.request_timeout, 10.0)
     try:
-        text = await get_text(session, f"{settings.decoder_url}/metrics", timeout_s=min(settings.request_timeout, 10.0))
-        counters: dict[str, float] = {}
-        for line in text.splitlines():
+        texts = [await get_text(session, f"{url}/metrics", timeout_s=deadline) for url in settings.decoder_url]
+        for line in "\n".join(texts).splitlines():
             labelled, _, value = line.rpartition(" ")
             for name, (metric, label) in DECODER_COUNTERS.items():
                 if labelled.partition("{")[0] == metric and label in labelled:
@@ -132,10 +133,11 @@ async def calibrate(session: aiohttp.ClientSession, settings: Settings, target: 
     before = await decoder_counters(session, settings)
     for size in sizes:
         body = {"model": target.model, "prompt": rng.choices(target.token_ids, k=size), "max_tokens": 1}
-        body |= {"temperature": 0, **without_reuse()}
-        answer = await complete(session, settings.decoder_url, body, timeout_s=settings.request_timeout)
-        if answer.error:
-            raise LoadError(f"calibration: {answer.error}")
+        for url in settings.decoder_url:
+            body |= {"temperature": 0, **without_reuse()}
+            answer = await complete(session, url, body, timeout_s=settings.request_timeout)
+            if answer.error:
+                raise LoadError(f"calibration: {answer.error}")
     measured = await counted_since(session, settings, before)
     return rate(measured, "compute_tokens", "compute_s")
 

@@ -356,7 +356,7 @@ def test_a_missing_redis_server_is_installed(launch: Launch, no_redis: Path, wor
 
 def test_the_launcher_needs_a_kv_server(launch: Launch) -> None:
     line = refused(launch, 1, LAUNCHER, "decoder", *launch.arguments())
-    assert f"no KV server answers on port {launch.ports['kv']}" in line
+    assert f"no KV server answers at lm://127.0.0.1:{launch.ports['kv']}" in line
 
 
 # --- profiles ---

@@ -169,6 +169,6 @@ def test_a_free_port_is_kept(port: int, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_ports_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "port_rows", lambda port: [("06", 1)])
+    monkeypatch.setattr(ports, "port_rows", lambda port, host: [("06", 1)])
     with pytest.raises(Failure, match="no free port found"):
         settle(65530)

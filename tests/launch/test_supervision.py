@@ -114,10 +114,10 @@ class FakeMachine:
             if number == signal.SIGKILL:
                 self.others -= set(self.trackers)  # they end once the others are dead
 
-    def answers(self, port: int, path: str) -> bool:
+    def answers(self, port: int, path: str, host: str) -> bool:
         return port in self.answering
 
-    def is_ours(self, port: int, pid: int) -> bool:
+    def is_ours(self, port: int, pid: int, host: str) -> bool:
         return port not in self.foreign_ports
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(mocks: tuple[MockVllm, MockVllm], **changes: Any) -> dict[str, Any]:
     base = {
-        "decoder_url": "http://127.0.0.1:9",
+        "decoder_url": ("http://127.0.0.1:9",),
         "warm_up": 0,
         "num_prompts": 5,
         "input_len": 50,
@@ -44,7 +44,7 @@ def run(mocks: tuple[MockVllm, MockVllm], **changes: Any) -> dict[str, Any]:
 
 def test_a_good_run_counts_everything(mocks: tuple[MockVllm, MockVllm]) -> None:
     mocks[0].kv_headers = {"x-kv-state": "stored", "x-kv-wait-ms": "3.5"}
-    summary = run(mocks, decoder_url=mocks[0].url)
+    summary = run(mocks, decoder_url=(mocks[0].url,))
     assert summary["failures"] == []
     assert (summary["requests"], summary["errors"]) == (5, 0)
     assert summary["external_reused_tokens"] == 5 * 49
@@ -131,7 +131,7 @@ def mock_choices(mocks: tuple[MockVllm, MockVllm], computes: Callable[[int], boo
     """The proxy's mock plays the decoder too; what it computes, it does not reuse."""
     mocks[0].computes = computes
     mocks[0].cached = lambda tokens: 0 if computes(tokens) else tokens - 1
-    return {"decoder_url": mocks[0].url}
+    return {"decoder_url": (mocks[0].url,)}
 
 
 def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVllm]) -> None:
@@ -196,7 +196,7 @@ def test_what_was_not_loaded_is_not_reused(
     """A load that fails is computed, and vLLM goes on to count its tokens as cached."""
     monkeypatch.setattr(target, "WORKERS_REPORT_S", 0.3)
     mocks[0].load_fails = lambda index: index % every == 0
-    changes = {"decoder_url": mocks[0].url, "num_prompts": 9, "probe": "off"}
+    changes = {"decoder_url": (mocks[0].url,), "num_prompts": 9, "probe": "off"}
     summary = run(mocks, **changes)
     missing = 441 - reused
     assert (summary["cached_tokens"], summary["reused_tokens"], summary["reuse_ratio"]) == (441, reused, ratio)
@@ -209,18 +209,18 @@ def test_what_was_not_loaded_is_not_reused(
 
 def test_what_each_answer_tells_goes_before_all_counts(mocks: tuple[MockVllm, MockVllm]) -> None:
     mocks[0].tells_reuse = lambda index: 20 if index == 2 else 50  # a chunk was not there; 49 can be reused
-    summary = run(mocks, decoder_url=mocks[0].url, probe="off")
+    summary = run(mocks, decoder_url=(mocks[0].url,), probe="off")
     assert (summary["cached_tokens"], summary["reused_tokens"], summary["not_loaded_tokens"]) == (245, 216, 29)
     assert (summary["reuse_ratio"], summary["full_reuse_requests"]) == (0.8816, 4)
     assert len(summary["failures"]) == 1
     mocks[0].cached = lambda tokens: None
-    assert run(mocks, decoder_url=mocks[0].url, probe="off")["reused_tokens"] == 49 * 5  # no index 2 any more
+    assert run(mocks, decoder_url=(mocks[0].url,), probe="off")["reused_tokens"] == 49 * 5  # no index 2 any more
 
 
 def test_the_probe_does_not_reuse_what_was_not_loaded(mocks, monkeypatch) -> None:
     monkeypatch.setattr(target, "WORKERS_REPORT_S", 0.3)
     mocks[0].load_fails = lambda index: True
-    summary = run(mocks, decoder_url=mocks[0].url, num_prompts=0)
+    summary = run(mocks, decoder_url=(mocks[0].url,), num_prompts=0)
     assert (summary["probe_reused_tokens"], summary["probe_reuse_ratio"]) == (0, 0.0)
     assert summary["probe_not_loaded_tokens"] == summary["probe_cached_tokens"] > 1000
     assert len(summary["failures"]) == 1
@@ -231,14 +231,14 @@ def test_a_report_that_comes_late_counts(mocks: tuple[MockVllm, MockVllm]) -> No
     """Workers report a load with a later step, maybe after the answer is there."""
     asked = itertools.count()
     mocks[0].load_fails = lambda index: next(asked) < 20  # the first four times that its counters are asked for
-    summary = run(mocks, decoder_url=mocks[0].url, probe="off")
+    summary = run(mocks, decoder_url=(mocks[0].url,), probe="off")
     assert (summary["reused_tokens"], summary["not_loaded_tokens"], summary["failures"]) == (245, 0, [])
 
 
 def test_workers_that_measure_nothing_are_not_held_against_vllm(mocks: tuple[MockVllm, MockVllm]) -> None:
     """On some devices the model runner hands on no statistics of a connector."""
     mocks[0].tells_loads = False
-    summary = run(mocks, decoder_url=mocks[0].url)
+    summary = run(mocks, decoder_url=(mocks[0].url,))
     assert (summary["reused_tokens"], summary["not_loaded_tokens"], summary["failures"]) == (245, None, [])
 
 
@@ -279,7 +279,7 @@ def test_auto_is_calibrated_and_that_does_not_count(mocks: tuple[MockVllm, MockV
     assert "1,000.0 tokens/s in the calibration" in format_table(summary)
     for changes in ({"kv_load": "always"}, {"kv_load": "auto", "calibrate": "off"}):
         mocks[0].bodies.clear()
-        run(mocks, probe="off", decoder_url=mocks[0].url, **changes)
+        run(mocks, probe="off", decoder_url=(mocks[0].url,), **changes)
         assert len(mocks[0].bodies) == 5
 
 

@@ -24,6 +24,8 @@ def make_backend(
     host: str,
     port: int | None,
     ranks: int,
+    decoders: int = 1,
+    advertise_host: str = "",
     url: str = "",
     run_dir: Path = Path(),
 ) -> Backend:
@@ -35,4 +37,7 @@ def make_backend(
     kind = BACKENDS[name]
     own = resolve(kind, {}, environ, prefix="", fallback=profile, fallback_name="profile ").values
     port = kind.default_port if port is None else port
-    return kind(host=host, port=port, ranks=ranks, url=url, run_dir=run_dir, **own)
+    return kind(
+        host="127.0.0.1" if kind.local else host, port=port, advertise_host=advertise_host, ranks=ranks,
+        decoders=decoders, url=url, run_dir=run_dir, **own,
+    )  # fmt: skip

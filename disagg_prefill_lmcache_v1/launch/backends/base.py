@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
-from disagg_prefill_lmcache_v1.settings import setting
+from disagg_prefill_lmcache_v1.settings import authority, setting
 
 SIZE = {"pattern": r"[0-9]{1,12}([kKmMgG][bB]?|[bB])?", "allowed": "a whole number and a unit, as in 512mb or 2gb"}
 
@@ -23,12 +23,27 @@ def memory_size(help: str) -> Any:
     return setting("", help, flag=False, shown="the device's", **SIZE)
 
 
+# What a server of the stack reaches another one by that listens on every address of this machine.
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def role_of(server: str) -> str:
+    """The role of a server by its name: ``decoder2`` is the second one."""
+    return server.rstrip("0123456789")
+
+
+def number_of(server: str) -> int:
+    """Its number, from 0 on."""
+    return int(server[len(role_of(server)) :] or 1) - 1
+
+
 @dataclass(frozen=True)
 class Backend:
     """Base of all backends.
 
-    ``port`` is the KV server's (without one: the first of ``ports`` in a row that the decoder's ranks take), ``url``
-    that of a store which runs already ("": one is started here), ``run_dir`` where files of the stack lie.
+    ``host`` and ``port`` are where the KV server listens (without one: the first of ``ports`` in a row that the
+    decoders' ranks take), ``url`` that of a store which runs already ("": one is started here), ``advertise_host`` what
+    other machines call this one, ``run_dir`` where files of the stack lie.
     """
 
     name: ClassVar[str]
@@ -38,6 +53,7 @@ class Backend:
     connector: ClassVar[str] = "LMCacheDisaggConnectorV1"
     schemes: ClassVar[tuple[str, ...]] = ()  # of URLs of a store that runs already; (): there can be none
     starts_server: ClassVar[bool] = True
+    local: ClassVar[bool] = False  # its server is for the vLLM servers of its own machine alone
     modules: ClassVar[tuple[str, ...]] = ()  # further Python modules; of those joined by | one is enough
     imported: ClassVar[tuple[str, ...]] = ()  # of them, those that preflight imports: native libraries may not load
     decoder_first: ClassVar[bool] = False  # where servers start one after the other
@@ -46,7 +62,9 @@ class Backend:
 
     host: str = "127.0.0.1"
     port: int = 0
+    advertise_host: str = ""
     ranks: int = 1
+    decoders: int = 1
     url: str = ""
     run_dir: Path = Path()
     kv_connector_module: str = setting(
@@ -69,22 +87,27 @@ class Backend:
         return self.starts_server and not self.url
 
     @property
+    def reach(self) -> str:
+        """The host by which this machine's processes reach what listens on ``host``."""
+        return WILDCARDS.get(self.host, self.host)
+
+    @property
     def store_url(self) -> str:
         """Where the vLLM servers find the store, or the prefiller the decoder."""
-        return self.url or f"{self.name}://{self.host}:{self.port}"
+        return self.url or f"{self.name}://{authority(self.reach, self.port)}"
 
     def server(self) -> list[str]:
         """The KV server's command line, before ``{python}`` is filled in."""
         raise NotImplementedError
 
-    def config(self, role: str) -> Path:
+    def config(self, server: str) -> Path:
         """LMCache's settings file of a vLLM server."""
         return PACKAGE / "configs" / f"lmcache-config-{self.name}.yaml"
 
-    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
-        """What a vLLM server's environment needs; ``environ`` is the caller's, which wins."""
+    def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
+        """What the environment of a vLLM server of this name needs; ``environ`` is the caller's, which wins."""
         return {
-            "LMCACHE_CONFIG_FILE": environ.get("LMCACHE_CONFIG_FILE") or str(self.config(role)),
+            "LMCACHE_CONFIG_FILE": environ.get("LMCACHE_CONFIG_FILE") or str(self.config(server)),
             "LMCACHE_REMOTE_URL": self.store_url,
         }
 
@@ -108,8 +131,8 @@ class Backend:
         return []
 
 
-def plugin_environment(backend: Backend, role: str, environ: Mapping[str, str]) -> dict[str, str]:
+def plugin_environment(backend: Backend, server: str, environ: Mapping[str, str]) -> dict[str, str]:
     """For a store that LMCache knows as a plugin: its URL instead of LMCache's own."""
-    values = Backend.environment(backend, role, environ)
+    values = Backend.environment(backend, server, environ)
     del values["LMCACHE_REMOTE_URL"]
     return {**values, f"DISAGG_{backend.name.upper()}_URL": backend.store_url}

@@ -21,6 +21,7 @@ class Mp(Backend):
     connector: ClassVar[str] = "LMCacheDisaggMPConnector"
     # They are the in-process LMCache's.
     clears: ClassVar[tuple[str, ...]] = ("LMCACHE_REMOTE_URL", "LMCACHE_CONFIG_FILE")
+    local: ClassVar[bool] = True
     program_variable: ClassVar[str] = "KV_MP_SERVER_PROGRAM"
 
     kv_connector_module: str = setting(
@@ -54,7 +55,7 @@ class Mp(Backend):
         words += ["--redis", self.kv_mp_redis] if self.kv_mp_redis else []
         return words + shlex.split(self.kv_mp_args)
 
-    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
+    def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
         return {}
 
     def vllm_arguments(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Peer to peer by NIXL: no KV server, the prefiller writes into the decoder's memory."""
+"""Peer to peer by NIXL: no KV server, the prefiller writes into the memory of the decoder that a request goes to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
-from disagg_prefill_lmcache_v1.launch.backends.base import Backend, memory_size, plugin_environment
+from disagg_prefill_lmcache_v1.launch.backends.base import (
+    Backend,
+    memory_size,
+    number_of,
+    plugin_environment,
+    role_of,
+)
 from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
-from disagg_prefill_lmcache_v1.settings import setting
+from disagg_prefill_lmcache_v1.settings import authority, is_loopback, setting
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,7 @@ class Nixl(Backend):
     name: ClassVar[str] = "nixl"
     default_port: ClassVar[int] = 8500
     title: ClassVar[str] = "peer to peer"
+    schemes: ClassVar[tuple[str, ...]] = ("nixl",)
     starts_server: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]] = ("nixl|nixl_cu12|nixl_cu13",)
     imported: ClassVar[tuple[str, ...]] = ("nixl._api|nixl_cu12._api|nixl_cu13._api",)
@@ -24,16 +32,29 @@ class Nixl(Backend):
     clears: ClassVar[tuple[str, ...]] = ("LMCACHE_REMOTE_URL",)  # LMCache would use that store too
 
     kv_nixl_size: str = memory_size("memory of each rank of the decoder for chunks on their way")
-    # Both servers are on this machine.
-    ucx_net_devices: str = setting("lo", "network devices of UCX, NIXL's transport; all: any", flag=False)
+    ucx_net_devices: str = setting(
+        "", "network devices of UCX, NIXL's transport; all: any", flag=False, shown="lo; all beyond this machine"
+    )
 
     @property
     def ports(self) -> int:
-        return self.ranks
+        return self.ranks * self.decoders
 
-    def config(self, role: str) -> Path:
-        return PACKAGE / "configs" / f"lmcache-{role}-config.yaml"
+    def config(self, server: str) -> Path:
+        return PACKAGE / "configs" / f"lmcache-{role_of(server)}-config.yaml"
 
-    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
-        values = {**plugin_environment(self, role, environ), "UCX_NET_DEVICES": self.ucx_net_devices}
-        return {**values, "KV_NIXL_SIZE": self.kv_nixl_size} if role == "decoder" else values
+    def receiver(self, server: str) -> str:
+        """Where a decoder started here receives, as others reach it: HOST:PORT of its first rank."""
+        return authority(self.advertise_host or self.reach, self.port + number_of(server) * self.ranks)
+
+    def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
+        values = plugin_environment(self, server, environ)
+        alone = is_loopback(self.host) and (not self.url or is_loopback(urlsplit(self.url).hostname or ""))
+        values["UCX_NET_DEVICES"] = self.ucx_net_devices or ("lo" if alone else "all")
+        if role_of(server) == "decoder":
+            port = self.port + number_of(server) * self.ranks
+            values |= {"DISAGG_NIXL_URL": f"nixl://{authority(self.host, port)}", "KV_NIXL_SIZE": self.kv_nixl_size}
+            values["DISAGG_KV_RECEIVER"] = self.receiver(server)
+        elif not self.url and (self.decoders > 1 or not is_loopback(self.host)):
+            values["DISAGG_NIXL_URL"] = "nixl://"  # each request names the decoder
+        return values

@@ -18,6 +18,7 @@ class Redis(Backend):
     default_port: ClassVar[int] = 8379
     title: ClassVar[str] = "Redis"
     schemes: ClassVar[tuple[str, ...]] = ("redis", "rediss")
+    local: ClassVar[bool] = True  # what other machines use should have a password and TLS: a Redis of their own
     program_variable: ClassVar[str] = "REDIS_SERVER_PROGRAM"
 
     redis_server_program: str = setting("redis-server", "words that start Redis", flag=False)
@@ -39,6 +40,6 @@ class Redis(Backend):
         words += ["--unixsocket", self.socket, "--unixsocketperm", "700"] if self.socket else []
         return words + self.redis_args.split()
 
-    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
-        values = super().environment(role, environ)
+    def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
+        values = super().environment(server, environ)
         return {**values, "DISAGG_REDIS_SOCKET": self.socket} if self.socket else values

@@ -17,6 +17,7 @@ class Shm(Backend):
     title: ClassVar[str] = "shared memory"
     schemes: ClassVar[tuple[str, ...]] = ("shm",)
     clears: ClassVar[tuple[str, ...]] = ("LMCACHE_REMOTE_URL",)  # LMCache would use that store too
+    local: ClassVar[bool] = True
     program_variable: ClassVar[str] = "KV_SHM_SERVER_PROGRAM"
 
     kv_shm_server_program: str = setting(
@@ -27,5 +28,5 @@ class Shm(Backend):
     def server(self) -> list[str]:
         return [*self.kv_shm_server_program.split(), self.host, str(self.port), "--size", self.kv_shm_size]
 
-    def environment(self, role: str, environ: Mapping[str, str]) -> dict[str, str]:
-        return plugin_environment(self, role, environ)
+    def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
+        return plugin_environment(self, server, environ)
