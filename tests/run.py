@@ -14,7 +14,7 @@ sys.path[0] = str(REPOSITORY)  # instead of this folder
 from disagg_prefill_lmcache_v1.launch.interpreter import choose_interpreter  # noqa: E402
 from disagg_prefill_lmcache_v1.launch.messages import Failure, exit_status, info  # noqa: E402
 from disagg_prefill_lmcache_v1.launch.profiles import load_profile  # noqa: E402
-from disagg_prefill_lmcache_v1.launch.setup import set_up_python, set_up_redis  # noqa: E402
+from disagg_prefill_lmcache_v1.launch.setup import set_up_program, set_up_python, set_up_redis  # noqa: E402
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor  # noqa: E402
 
 
@@ -35,6 +35,10 @@ def run(pytest_arguments: Sequence[str]) -> None:
             set_up_redis(supervisor, "redis-server", log)
         except Failure as failure:
             info(f"Redis tests are left out: {failure}")
+        try:
+            set_up_program(supervisor, "chromium-headless-shell", "chromium-headless-shell", "", log)
+        except Failure as failure:
+            info(f"tests of pages in a browser are left out, unless there is another Chromium: {failure}")
         words = [python, "-m", "pytest", "--durations=15", *pytest_arguments]
         if status := supervisor.await_end(supervisor.start("pytest", words, os.environ, None)):
             raise Failure(f"pytest: exit status {status}")

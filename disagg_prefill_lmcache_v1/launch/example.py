@@ -166,7 +166,7 @@ class Example:
         if status:
             raise Failure(f"the load or the correctness probe failed (exit status {status}; logs: {plan.run_dir})")
         self.check_lmcache()
-        info(f"done; logs and summary.json: {plan.run_dir}")
+        info(f"done; logs, summary.json and report.html: {plan.run_dir}")
 
 
 def curl(plan: Plan[Settings]) -> str:

@@ -129,16 +129,20 @@ def build_model(supervisor: Supervisor, plan: Plan[Any], log: Path) -> None:
 
 def set_up_redis(supervisor: Supervisor, program: str, log: Path) -> None:
     """Installs redis-server where that is allowed without a question. Raises Failure when it cannot be had."""
-    name = program.split()[0]
+    set_up_program(supervisor, program.split()[0], "redis-server", ", or use --redis-url", log)
+
+
+def set_up_program(supervisor: Supervisor, name: str, package: str, otherwise: str, log: Path) -> None:
+    """Installs a package of the system for the program ``name``, as set_up_redis; ``otherwise``: what else helps."""
     if shutil.which(name):
         return
     sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or (sudo and not _succeeds(*sudo, "true")):
-        raise Failure("redis-server is missing: install it (apt-get install redis-server), or use --redis-url")
-    install = "apt-get install -y --no-install-recommends redis-server"
+        raise Failure(f"{name} is missing: install it (apt-get install {package}){otherwise}")
+    install = f"apt-get install -y --no-install-recommends {package}"
     script = f"{install} || {{ apt-get update && {install}; }}"
     # RUNLEVEL=1 keeps the package from starting a server of its own.
     words = [*sudo, "env", "RUNLEVEL=1", "DEBIAN_FRONTEND=noninteractive", "sh", "-c", script]
     child = supervisor.start("set-up", words, os.environ, log)
-    if supervisor.await_end(child, "installing redis-server") or not shutil.which(name):
-        raise Failure(f"installing redis-server failed (log: {log}): install it by hand, or use --redis-url")
+    if supervisor.await_end(child, f"installing {package}") or not shutil.which(name):
+        raise Failure(f"installing {package} failed (log: {log}): install it by hand{otherwise}")

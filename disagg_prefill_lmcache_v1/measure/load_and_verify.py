@@ -5,7 +5,7 @@
 First a load of streamed completions goes through the proxy: time to first token (TTFT), inter-token latency (ITL),
 errors, and how many prompt tokens the decoder reused. Then the probe: prompts of many sizes are answered greedily
 through the proxy, and again by the prefiller alone, which computes all of them itself; the two must be equal token
-for token. The result goes to summary.json in the run directory and, as a table, to the terminal.
+for token. The result goes to summary.json and report.html in the run directory and, as a table, to the terminal.
 
 Requests for which the decoder chose to compute what it could have loaded (--kv-load) count as reusing nothing by
 choice: they are told, and left out of the reuse ratio.
@@ -27,6 +27,7 @@ from disagg_prefill_lmcache_v1.measure.completion_client import new_session, one
 from disagg_prefill_lmcache_v1.measure.load import load
 from disagg_prefill_lmcache_v1.measure.probe import probe
 from disagg_prefill_lmcache_v1.measure.progress import say, with_progress
+from disagg_prefill_lmcache_v1.measure.report import ReportError, write_report
 from disagg_prefill_lmcache_v1.measure.settings import Settings, parse_settings
 from disagg_prefill_lmcache_v1.measure.summary import find_failures, format_table, summarise, write_summary
 from disagg_prefill_lmcache_v1.measure.target import calibrate, inspect_target
@@ -119,6 +120,10 @@ def main(arguments: Sequence[str]) -> int:
         return _fail("interrupted", 130)
     print(format_table(summary, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     print(f"  summary: {path}", flush=True)
+    try:
+        print(f"  report: {write_report(settings.run_dir)}", flush=True)
+    except (ReportError, OSError) as error:
+        say(f"load_and_verify: no report: {error}")
     for line in summary["failures"]:
         say(f"load_and_verify: {line}")
     return 1 if summary["failures"] else 0
