@@ -169,24 +169,6 @@ def _sections(result: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> 
     yield _section("What ran", f'<div class="facts">{"".join(told)}</div>', wide=True)
 
 
-def _sections(result: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
-    yield _section("In figures", f'<div class="table">{_table(arms)}</div>', wide=True)
-    below = "Cumulative: half of all at 50 %, the slowest at the top."
-    yield _section("Time to first token", _chart("ttft"), below)
-    yield _section("Inter-token latency", _chart("itl"), below)
-    means = "The means, and the very requests at the median, the 90th and the 99th percentile of TTFT."
-    yield _section("Where TTFT goes", _chart("parts"), means, wide=True)
-    yield _section("Tokens/s for a user, tokens/s from a card", _chart("pareto"), "Up and to the right is better.")
-    yield _section("Reuse", _chart("reuse"), "Prompt tokens of each request of the pair, in order of their start.")
-    text = f"Each request, the first {report_charts.MOST_ROWS}: the parts of its TTFT, then its decoding."
-    for arm in reversed(arms):
-        yield _section(f"Timeline, {arm}", _chart(f"timeline-{arm}"), text, wide=True)
-    for title, key in (("Versions", "versions"), ("Machine", "machine"), ("Flags", "flags"), ("Load", "workload"),
-                       ("Targets", "targets")):  # fmt: skip
-        if result.get(key):
-            yield _section(title, _facts(result[key]))
-
-
 def _section(title: str, content: str, text: str = "", *, wide: bool = False) -> str:
     words = f"<p>{html.escape(text)}</p>" if text else ""
     return f"<section{' class=wide' if wide else ''}><h2>{html.escape(title)}</h2>{words}{content}</section>"

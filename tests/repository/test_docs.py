@@ -16,7 +16,16 @@ import tables
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "disagg_prefill_lmcache_v1"
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.is_file()]
-MADE_BY_A_RUN = {"summary.json", "prefiller.log", "decoder.log", "proxy.log", "kv_server.log", ".models", ".venv"}
+MADE_BY_A_RUN = {
+    "summary.json",
+    "report.html",
+    "prefiller.log",
+    "decoder.log",
+    "proxy.log",
+    "kv_server.log",
+    ".models",
+    ".venv",
+}
 
 
 def name(path: Path) -> str:
