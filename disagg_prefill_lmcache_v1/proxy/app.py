@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi import Response as FastAPIResponse
 from fastapi.responses import JSONResponse
 
+from disagg_prefill_lmcache_v1.proxy import status
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.adapters import AdapterStage
 from disagg_prefill_lmcache_v1.proxy.client_parser import ClientLimits
@@ -60,6 +61,17 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
     @app.get("/metrics")
     async def show_metrics() -> FastAPIResponse:
         return FastAPIResponse(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if settings.status_page:
+        page, headers = status.read_page()
+
+        @app.get(status.PAGE)
+        async def show_page() -> FastAPIResponse:
+            return FastAPIResponse(page, media_type="text/html; charset=utf-8", headers=headers)
+
+        @app.get(status.DATA)
+        async def show_status() -> JSONResponse:
+            return JSONResponse(status.snapshot(metrics), headers={"cache-control": "no-store"})
 
     return app
 

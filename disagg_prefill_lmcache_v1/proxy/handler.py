@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
-from disagg_prefill_lmcache_v1.proxy import bodies
+from disagg_prefill_lmcache_v1.proxy import bodies, status
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.adapters import LOAD, UNLOAD, AdapterStage
 from disagg_prefill_lmcache_v1.proxy.admission import Admission
@@ -29,6 +29,7 @@ from disagg_prefill_lmcache_v1.proxy.timing import PARTS, ttft_parts
 log = logging.getLogger("disagg_proxy")
 
 OWN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_NEED_NO_KEY = ("/health", status.PAGE)
 _GENERATING = frozenset(bodies.LIMIT_FIELD)
 # In these streams the last event tells the usage; in the others it comes only if asked for.
 _ALWAYS_USAGE = ("/v1/messages", "/v1/responses")
@@ -52,6 +53,7 @@ class RequestHandler:
         self._decode = decode
         self._adapters = adapters
         self._own_route = own_route
+        self._own_paths = OWN_PATHS | {status.PAGE, status.DATA} if settings.status_page else OWN_PATHS
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
         self._admission = None
@@ -86,7 +88,7 @@ class RequestHandler:
             if method == "OPTIONS" and request.cors:
                 request.status = 204
                 client.answer(204, [request.cors, PREFLIGHT, own_lines(request)], b"")
-            elif path in OWN_PATHS:
+            elif path in self._own_paths:
                 logged = False
                 await self._answer_itself(client, request, given)
             else:
@@ -106,8 +108,8 @@ class RequestHandler:
                 self._account(request)
 
     async def _answer_itself(self, client: ClientRequest, request: RequestContext, given: RequestHeaders) -> None:
-        """One of the proxy's own paths; only /health needs no key."""
-        if request.path != "/health":
+        """One of the proxy's own paths."""
+        if request.path not in _NEED_NO_KEY:
             self._check_key(request.method, given)
         await client.body()
         status, lines, body = await self._own_route(request.method, request.path)

@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 log = logging.getLogger("disagg_proxy")
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 # name: (kind, help, label names). "max" gauges show the largest value over the workers, plain gauges the sum.
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "disagg_upstream_in_flight": ("gauge", "Requests in progress by server", ("role", "upstream")),
     "disagg_upstream_idle_connections": ("gauge", "Connections kept for reuse", ("role", "upstream")),
 }
-_HISTOGRAM_SIZE = len(_SECONDS) + 2  # one count per bucket, one above all, the sum
+_HISTOGRAM_SIZE = len(SECONDS) + 2  # one count per bucket, one above all, the sum
 
 _NAMES = 1 << 18
 _VALUES = 16384
@@ -154,16 +154,16 @@ class Metrics:
     def observe(self, index: int, seconds: float) -> None:
         """Add one value to the histogram at ``index``."""
         values = self.values
-        values[index + bisect_left(_SECONDS, seconds)] += 1.0
+        values[index + bisect_left(SECONDS, seconds)] += 1.0
         values[index + _HISTOGRAM_SIZE - 1] += seconds
 
     def render(self) -> bytes:
         """All workers' metrics in the Prometheus text format."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(self._merged()))
+        registry.register(_Collector(self.merged()))
         return generate_latest(registry)
 
-    def _merged(self) -> dict[Key, list[float]]:
+    def merged(self) -> dict[Key, list[float]]:
         merged: dict[Key, list[float]] = {}
         for view in self._slots:
             names, values = _snapshot(view)
@@ -223,7 +223,7 @@ class _Collector:
                     continue
                 if kind == "histogram":
                     count, buckets = 0.0, []
-                    for bound, value in zip((*map(str, _SECONDS), "+Inf"), values, strict=False):
+                    for bound, value in zip((*map(str, SECONDS), "+Inf"), values, strict=False):
                         count += value
                         buckets.append((bound, count))
                     family.add_metric(key[1:], buckets, values[-1])

@@ -69,6 +69,7 @@ class Settings:
     idle_connection_s: float = setting(4.0, "how long an idle connection to a server is kept for reuse", low=0)
     drain_timeout_s: float = setting(30.0, "time that running requests get after the first stop signal", low=0)
     access_log: bool = setting(True, "write one line per request to standard output")
+    status_page: bool = setting(False, "show a live status page at /; what it shows needs the API key, if there is one")
     log_level: str = setting("info", "least severe message logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
