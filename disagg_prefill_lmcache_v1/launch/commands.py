@@ -16,6 +16,7 @@ from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.settings import authority
 
 VLLM_PROGRAMS = {"module": "{python} -m vllm.entrypoints.openai.api_server --model", "vllm": "vllm serve"}
+STATUS_PAGE = "DISAGG_PROXY_STATUS_PAGE"  # of the proxy's settings: whoever sets it decides
 # What makes the two roles differ, besides their ports and cards.
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer"}
 SERVER_ARGUMENTS = {
@@ -136,6 +137,8 @@ def server_urls(plan: Plan[Settings], role: str) -> tuple[str, ...]:
 def _proxy(plan: Plan[Settings]) -> list[str]:
     words = fill(plan.settings.proxy_program.split(), plan.interpreter.path)
     words += ["--host", plan.host, "--port", str(plan.settings.proxy_port)]
+    if plan.settings.serve and STATUS_PAGE not in plan.environ:
+        words.append("--status-page")
     return words + [word for role in ROLES for url in server_urls(plan, role) for word in (f"--{role}", url)]
 
 

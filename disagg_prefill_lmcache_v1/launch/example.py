@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
-from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, server_port
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
@@ -153,6 +153,8 @@ class Example:
             )  # fmt: skip
         info("ready. Try:")
         print(curl(plan), flush=True)
+        if STATUS_PAGE not in plan.environ:
+            info(f"status page: {proxy_url(plan)}/")
         info(f"logs: {plan.run_dir}; Ctrl-C ends everything")
         while True:
             self.supervisor.tick()
@@ -169,9 +171,13 @@ class Example:
         info(f"done; logs, summary.json and report.html: {plan.run_dir}")
 
 
+def proxy_url(plan: Plan[Settings]) -> str:
+    """Where clients find the proxy."""
+    return f"http://{authority(plan.settings.advertise_host or plan.reach, plan.settings.proxy_port)}"
+
+
 def curl(plan: Plan[Settings]) -> str:
     """A request to paste; the proxy's key stays in its variable."""
     body = json.dumps({"model": plan.model.served_name, "prompt": "Once upon a time", "max_tokens": 16})
     key = ' -H "Authorization: Bearer $DISAGG_PROXY_API_KEY"' if plan.environ.get("DISAGG_PROXY_API_KEY") else ""
-    url = f"http://{authority(plan.settings.advertise_host or plan.reach, plan.settings.proxy_port)}/v1/completions"
-    return f"curl {url} -H 'Content-Type: application/json'{key} -d '{body}'"
+    return f"curl {proxy_url(plan)}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"

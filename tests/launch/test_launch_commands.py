@@ -42,6 +42,16 @@ def bare_tools(folder: Path) -> Path:
     return tools
 
 
+def test_only_who_serves_gets_the_status_page_unless_it_is_set(launch: Launch) -> None:
+    for flags, environment, shown in (
+        ((), {}, False),
+        (("--serve",), {}, True),
+        (("--serve",), {"DISAGG_PROXY_STATUS_PAGE": "0"}, False),
+    ):
+        words = dry_run(launch, "--device", "cpu", *flags, **environment)["proxy"][1]
+        assert ("--status-page" in words) is shown
+
+
 def test_cpu_runs_the_built_model_through_the_module(launch: Launch) -> None:
     commands = dry_run(launch, "--device", "cpu")
     python = launch.environment["DISAGG_PYTHON"]

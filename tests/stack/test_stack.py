@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import test_proxy_openai_client as calls
+from browser import chromium, page_of
 from launch_harness import REPOSITORY, wait_until
 from stack_harness import (
     ANSWER,
@@ -196,6 +197,23 @@ def test_all_routes_reuse_everything(lm_stack, path, stream):
             assert response.headers["x-kv-state"] == "stored"
             assert float(response.headers["x-kv-wait-ms"]) < 900  # 1 s: nobody knew the request
     assert [lm_stack.metric(f"disagg_{name}_total") for name in counts] == [count + 2 for count in before]
+
+
+def test_the_status_page_shows_the_stack(lm_stack):
+    with chromium() as browser, page_of(browser, "light") as (page, complaints, _):
+        page.goto(f"http://127.0.0.1:{lm_stack.proxy}/")
+        page.wait_for_selector("#servers .good")
+        rng = random.Random()
+        body = {"max_tokens": ANSWER, "ignore_eos": True, "stream": True, "model": MODEL}
+        for size in (40, 300):
+            with post(lm_stack.proxy, "/v1/completions", {**body, "prompt": prompt_tokens(rng, size)}) as response:
+                response.read()
+        page.wait_for_selector("#legend span:has-text('kv_visible')")
+        shown = [text.split()[0] for text in page.locator("#legend span").all_inner_texts()]
+        assert {"prefill", "kv_visible", "load", "first_step"} <= set(shown)
+        assert float(page.inner_text("#ttft")) > 0
+        assert page.locator("#servers .good").count() == 2
+        assert complaints == []
 
 
 @pytest.mark.parametrize(("stage", "stream"), [("prefill", False), ("decode", False), ("decode", True)])
