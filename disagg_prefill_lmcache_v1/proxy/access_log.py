@@ -9,6 +9,7 @@ from collections import deque
 
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.timing import as_json
 
 _MAX_LINES = 100_000  # lines kept while the log is not read; about 30 MB
 _FLUSH_S = 0.2
@@ -49,8 +50,7 @@ class AccessLog:
             if request.decode_s >= 0:
                 text += f',"decode_ms":{request.decode_s * 1000:.1f}'
         if request.ttft_s >= 0:
-            text += f',"ttft_ms":{request.ttft_s * 1000:.2f},"ttft_parts_ms":{{'
-            text += ",".join([f'"{part}":{seconds * 1000:.2f}' for part, seconds in request.parts.items()]) + "}"
+            text += f',"ttft_ms":{request.ttft_s * 1000:.2f},"ttft_parts_ms":{as_json(request.parts)}'
         if request.prompt_tokens >= 0:
             text += f',"prompt_tokens":{request.prompt_tokens},"reused_tokens":{request.reused_tokens}'
             text += f',"cached_tokens":{request.cached_tokens}'

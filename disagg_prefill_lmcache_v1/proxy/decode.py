@@ -124,7 +124,8 @@ class DecodeStage:
             request.event_stream = response.event_stream
             lines = answer_lines(request, response.headers)
             if request.route != "other" and response.event_stream:
-                request.decode_told = timing.told_times(response.headers, timing.told_by_decode)
+                told = response.header(timing.HEADER)
+                request.decode_told = timing.told_times(timing.told_by_decode(told)) if told else ()
                 so_far = timing.ttft_parts(request, time.perf_counter() - request.start)
                 lines.append(timing.server_timing(so_far))
             chunked = client.begin(response.status, lines, response.length)

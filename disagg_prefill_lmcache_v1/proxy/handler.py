@@ -182,8 +182,7 @@ class RequestHandler:
         if request.ttft_s >= 0:
             metrics.observe(self._ttft, request.ttft_s)
             request.parts = ttft_parts(request, request.ttft_s)
-            for part, seconds in request.parts.items():
-                metrics.observe(self._parts[part], seconds)
+            metrics.observe_each(self._parts, request.parts)
             metrics.add("disagg_streamed_bytes", by=float(request.sent))
         if request.prefill_outcome:
             self._count((request.route, "prefill", request.prefill_outcome))

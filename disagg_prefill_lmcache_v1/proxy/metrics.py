@@ -16,7 +16,7 @@ import mmap
 import os
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -156,6 +156,14 @@ class Metrics:
         values = self.values
         values[index + bisect_left(SECONDS, seconds)] += 1.0
         values[index + _HISTOGRAM_SIZE - 1] += seconds
+
+    def observe_each(self, indexes: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+        """Add one value to each of several histograms, by the names of ``indexes``."""
+        values = self.values
+        for name, value in seconds.items():
+            index = indexes[name]
+            values[index + bisect_left(SECONDS, value)] += 1.0
+            values[index + _HISTOGRAM_SIZE - 1] += value
 
     def render(self) -> bytes:
         """All workers' metrics in the Prometheus text format."""

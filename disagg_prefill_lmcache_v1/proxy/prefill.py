@@ -144,7 +144,7 @@ class PrefillStage:
                 with contextlib.suppress(ValueError):
                     wait = float(value)
             elif name == timing.HEADER:
-                request.prefill_told = timing.told_times(((name, value, b""),), timing.told_by_prefill)
+                request.prefill_told = timing.told_times(timing.told_by_prefill(value))
             elif name == b"x-kv-transfer-ms":
                 with contextlib.suppress(ValueError):
                     request.kv_transfer_ms = float(value)

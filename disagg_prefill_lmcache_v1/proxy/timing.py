@@ -8,9 +8,7 @@ time that the proxy waited for them was spent between them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 
-from disagg_prefill_lmcache_v1.proxy.headers import Header
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 
 PARTS = {
@@ -33,13 +31,12 @@ told_by_prefill = re.compile(rb"queue=%b,prefill=%b,hold=%b" % (_MS, _MS, _MS)).
 told_by_decode = re.compile(rb"queue=%b,first-step=%b,load=%b" % (_MS, _MS, _MS)).fullmatch
 
 
-def told_times(headers: Iterable[Header], read: Callable[[bytes], re.Match[bytes] | None]) -> tuple[float, ...]:
-    """The seconds that a server tells, empty if it does not."""
-    for name, value, _ in headers:
-        if name == HEADER:
-            found = read(value)
-            return tuple([float(ms) / 1000 for ms in found.groups()]) if found else ()
-    return ()
+def told_times(found: re.Match[bytes] | None) -> tuple[float, ...]:
+    """The seconds that a server tells, empty if it does not; ``found`` by one of the two above."""
+    if found is None:
+        return ()
+    first, second, third = found.groups()
+    return float(first) / 1000, float(second) / 1000, float(third) / 1000
 
 
 def ttft_parts(request: RequestContext, ttft_s: float) -> dict[str, float]:
@@ -72,5 +69,22 @@ def ttft_parts(request: RequestContext, ttft_s: float) -> dict[str, float]:
 
 def server_timing(parts: dict[str, float]) -> bytes:
     """Header line that tells the parts to the client, milliseconds."""
-    text = ", ".join([f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items()])
-    return f"server-timing: {text}\r\n".encode()
+    names = tuple(parts)
+    pattern = _lines.get(names) or _lines.setdefault(names, _pattern(names, "%s;dur=%%.2f", ", "))
+    return f"server-timing: {pattern % tuple([seconds * 1000 for seconds in parts.values()])}\r\n".encode()
+
+
+def as_json(parts: dict[str, float]) -> str:
+    """The same for the access log."""
+    names = tuple(parts)
+    pattern = _objects.get(names) or _objects.setdefault(names, "{" + _pattern(names, '"%s":%%.2f', ",") + "}")
+    return pattern % tuple([seconds * 1000 for seconds in parts.values()])
+
+
+# Few combinations of parts come, again and again: the text around the numbers is made once.
+_lines: dict[tuple[str, ...], str] = {}
+_objects: dict[tuple[str, ...], str] = {}
+
+
+def _pattern(names: tuple[str, ...], each: str, between: str) -> str:
+    return between.join([each % name for name in names])

@@ -24,7 +24,7 @@ def request(**values) -> RequestContext:
 
 
 def times(text: str, read) -> tuple[float, ...]:
-    return timing.told_times([(b"x-kv-timing", text.encode(), b"")], read)
+    return timing.told_times(read(text.encode()))
 
 
 @pytest.mark.parametrize(
