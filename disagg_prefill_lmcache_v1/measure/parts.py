@@ -29,12 +29,20 @@ def read_parts(header: str) -> dict[str, float]:
     return {name: float(ms) for name, ms in _part(header)}
 
 
+def all_parts(answer: Answer) -> dict[str, float]:
+    """Milliseconds of each part of the TTFT that the client has measured: what is left over is its own part."""
+    if not answer.parts or answer.ttft_ms is None:
+        return {}
+    return {**answer.parts, "client": round(max(answer.ttft_ms - sum(answer.parts.values()), 0.0), 2)}
+
+
 def summarise_parts(answers: Iterable[Answer]) -> dict[str, Any]:
-    """Keys of summary.json: milliseconds of the parts, the slowest, and how often they sum to the client's TTFT."""
+    """Keys of summary.json: milliseconds of the parts, the slowest, and how often little is left for the client's."""
     told = [answer for answer in answers if answer.parts and answer.ttft_ms]
+    parts = [all_parts(answer) for answer in told]
     figures: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(name for answer in told for name in answer.parts):  # in the order of a request's way
-        values = [answer.parts.get(name, 0.0) for answer in told]
+    for name in dict.fromkeys(name for each in parts for name in each):  # in the order of a request's way
+        values = [each.get(name, 0.0) for each in parts]
         of = {f"p{percent}": percentile(values, percent) for percent in (50, 90, 99)}
         figures[name] = {key: round(value or 0.0, 2) for key, value in of.items()}
         figures[name]["mean"] = round(sum(values) / len(values), 2)

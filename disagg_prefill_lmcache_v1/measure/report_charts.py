@@ -24,6 +24,7 @@ _PART_COLOURS = {
     "first_step": "#1f9d78",
     "decode": "#3f8f4f",
     "network": "#b3b3b3",
+    "client": "#6b7686",
 }
 _OTHER = "#7a6fd0"  # a part of another name
 _DECODING = "rgba(128, 128, 128, 0.28)"
@@ -102,8 +103,8 @@ def timeline(requests: Sequence[dict[str, Any]]) -> Figure:
     rows = list(range(1, len(shown) + 1))
     begins = [r["start_s"] for r in shown]
     traces = []
-    # Between the proxy and servers, and before and after: what is left until the client had the token comes last.
-    for name in [*(name for name in _names([shown]) if name != "network"), "network"]:
+    # Time between the proxy and the others comes last, wherever it was spent.
+    for name in _names([shown]):
         lasts = [_part(r, name) / 1000 for r in shown]
         if any(lasts):
             colour = _PART_COLOURS.get(name, _OTHER)

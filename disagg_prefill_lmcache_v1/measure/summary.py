@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagg_prefill_lmcache_v1.measure.parts import describe_parts, percentile, summarise_parts
+from disagg_prefill_lmcache_v1.measure.parts import all_parts, describe_parts, percentile, summarise_parts
 from disagg_prefill_lmcache_v1.measure.settings import Settings
 from disagg_prefill_lmcache_v1.measure.target import rate
 from disagg_prefill_lmcache_v1.measure.types import Answer, LoadResult, ProbeResult, Target
@@ -142,7 +142,7 @@ def _each(answer: Answer) -> dict[str, Any]:
         "reused_tokens": answer.cached_tokens if reused is None else reused,
         "ttft_ms": _rounded(answer.ttft_ms, 2),
         "e2el_ms": round(answer.duration_ms, 2),
-        "parts": answer.parts or None,
+        "parts": all_parts(answer) or None,
         "error": answer.error or "",
         "itls_ms": [round(gap, 2) for gap in answer.itl_ms],
     }

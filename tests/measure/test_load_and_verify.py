@@ -158,17 +158,22 @@ def test_what_was_chosen_and_what_it_took_is_told(mocks: tuple[MockVllm, MockVll
 
 
 def test_the_parts_of_ttft_are_summed_up_and_the_slowest_is_named(mocks: tuple[MockVllm, MockVllm], tmp_path) -> None:
-    mocks[0].kv_headers = {"x-request-id": "r", "server-timing": "prefill;dur=3.50, network;dur=0.01, load;dur=2"}
+    mocks[0].kv_headers = {"x-request-id": "r", "server-timing": "prefill;dur=0.30, network;dur=0.01, load;dur=0.2"}
     summary = run(mocks)
     parts = summary["ttft_parts_ms"]
-    assert parts["prefill"] == {"p50": 3.5, "p90": 3.5, "p99": 3.5, "mean": 3.5}
-    assert (list(parts), summary["ttft_slowest_part"]) == (["prefill", "network", "load"], "prefill")
+    assert parts["prefill"] == {"p50": 0.3, "p90": 0.3, "p99": 0.3, "mean": 0.3}
+    assert list(parts) == ["prefill", "network", "load", "client"]
+    assert summary["ttft_slowest_part"] in ("prefill", "client")
+    assert parts["client"]["mean"] >= 0
     assert 0 <= summary["ttft_parts_close"] <= 1
-    assert re.search(r"TTFT goes to +prefill 3.5 ms \(64%\), load 2.0 ms \(36%\), network", format_table(summary))
+    assert re.search(r"TTFT goes to .*prefill 0.3 ms \(\d+%\), .*load 0.2 ms \(", format_table(summary))
     each = summary["each_request"]
     assert [request["start_s"] for request in each] == sorted(request["start_s"] for request in each)
     for request in each:
-        assert request["parts"] == {"prefill": 3.5, "network": 0.01, "load": 2.0}
+        rest = max(request["ttft_ms"] - 0.51, 0)
+        assert request["parts"] == pytest.approx(
+            {"prefill": 0.3, "network": 0.01, "load": 0.2, "client": rest}, abs=0.011
+        )
         assert (request["id"], request["input_tokens"], request["output_tokens"], request["error"]) == ("r", 50, 4, "")
         assert request["reused_tokens"] == 49
         assert 0 < request["ttft_ms"] <= request["e2el_ms"]

@@ -16,7 +16,7 @@ from disagg_prefill_lmcache_v1.measure import report
 from disagg_prefill_lmcache_v1.measure.report import ReportError, comparison_of_one, write_report
 
 PARTS = ("proxy_queue", "prefill_queue", "prefill", "kv_visible", "hand_over", "decode_queue", "load", "first_step",
-         "network")  # fmt: skip
+         "network", "client")  # fmt: skip
 HOSTILE = "</script><script>console.error('hostile')</script>@plotly@<b>"
 
 
@@ -89,9 +89,9 @@ def test_a_comparison_in_a_browser(browser, scheme, tmp_path) -> None:
         assert page.locator("#pareto .textpoint").count() == 6
         assert page.locator("#parts .yaxislayer-above .ytick, #parts .ytick").count() == 8
         assert page.locator("#timeline-pair .legendtext").all_text_contents() == [
-            *PARTS[:-1],
+            *PARTS[:-2],
             "decode",
-            "network",
+            *PARTS[-2:],
             "decoding",
         ]
         assert page.locator("#reuse .barlayer .trace").count() == 2

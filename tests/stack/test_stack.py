@@ -86,8 +86,10 @@ def check_parts(proxy_log: Path, summary: dict) -> None:
     assert sum(close) >= 0.95 * len(close), lines
     for line in lines:
         assert list(line["ttft_parts_ms"]) == [part for part in PARTS if part != "decode"], line
-        assert line["ttft_parts_ms"].keys() == each[line["request_id"]].keys()
-    assert summary["ttft_slowest_part"] in PARTS
+        assert {*line["ttft_parts_ms"], "client"} == each[line["request_id"]].keys()
+    for request in summary["each_request"]:
+        assert abs(sum(request["parts"].values()) / request["ttft_ms"] - 1) <= 0.02, request
+    assert summary["ttft_slowest_part"] in summary["ttft_parts_ms"]
 
 
 def test_a_corrupted_load_is_noticed(model_folder, tmp_path):
