@@ -1,0 +1,201 @@
+"""The one description of the stack's servers from which all files are made: the launcher's own commands, and what runs them.
+
+What a server runs with is what ``launch/commands.py`` builds for the example, with this repository's folder replaced by
+the one on the target. Of the caller's environment only the settings of this project count, so that the files depend on
+nothing else of the machine that writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from disagg_prefill_lmcache_v1.launch.backends import BACKENDS
+from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.devices import Cards
+from disagg_prefill_lmcache_v1.launch.export.settings import ExportSettings
+from disagg_prefill_lmcache_v1.launch.messages import UsageError, mask_passwords
+from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
+from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY, Profile
+from disagg_prefill_lmcache_v1.launch.settings import PREFIX, Configuration
+from disagg_prefill_lmcache_v1.settings import env_of
+
+COUNTER = ("--middleware", "disagg_prefill_lmcache_v1.kv.in_flight.CountRequests")
+PASSWORD = "{redis-password}"  # stands for the secret until a format writes it in its own way
+OWN_ADDRESS = "own-address.invalid"  # the address of a server's own pod or container
+PROXY_SETTLE_S = 10
+UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server: ``health`` is the path that tells it is alive ("": a TCP connection does), sizes are Kubernetes'."""
+
+    name: str
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+    port: int
+    image: str
+    ready_s: int
+    health: str = "/health"
+    settle_s: int = 0
+    limit_s: int = 0
+    secrets: Mapping[str, str] = field(default_factory=dict)  # variable -> key in the secret
+    prepare: tuple[str, ...] = ()  # a command that runs once before it,
+    prepare_environment: Mapping[str, str] = field(default_factory=dict)
+    more_ports: tuple[int, ...] = ()
+    cards: int = 0
+    cpu: str = "250m"
+    memory: str = "256Mi"
+    memory_limit: str = "1Gi"
+
+    @property
+    def runs_vllm(self) -> bool:
+        return self.name in ROLES
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The servers by name, and what all of them share."""
+
+    settings: ExportSettings
+    profile: Profile
+    servers: Mapping[str, Server]
+
+    @property
+    def models(self) -> str:
+        """Where a model that is built lies."""
+        return f"{self.settings.root}/.models"
+
+
+def own_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those variables of the caller that are settings of this project."""
+    names = {env_of(each, PREFIX) for each in fields(ExportSettings) if "kind" in each.metadata}
+    for kind in BACKENDS.values():
+        names |= {env_of(each, "") for each in fields(kind) if "kind" in each.metadata}
+    return {name: value for name, value in environ.items() if name in names}
+
+
+def describe(configuration: Configuration[ExportSettings], environ: Mapping[str, str], *, apart: bool) -> Stack:
+    """The stack of a configuration; ``apart``: each server has a host of its own, named like it. Raises UsageError."""
+    settings = configuration.settings
+    kind = BACKENDS[settings.backend]
+    if apart and kind.local:
+        raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: lm, redis, nixl")
+    if apart and (settings.prefillers > 1 or settings.decoders > 1):
+        raise UsageError("--prefillers, --decoders: say how many by replicas, when it runs")
+    environ = own_environment(environ)
+    names = (*(ROLES if apart else _names(configuration, environ)), "proxy")
+    if kind.starts_server and not (settings.kv_url or settings.redis_url):
+        names = ("kv-server", *names)
+    servers = {name: _server(configuration, environ, name, apart) for name in names}
+    return Stack(settings, configuration.profile, servers)
+
+
+def _names(configuration: Configuration[ExportSettings], environ: Mapping[str, str]) -> tuple[str, ...]:
+    return make_plan(configuration, environ).servers
+
+
+def _plan(
+    configuration: Configuration[ExportSettings], environ: Mapping[str, str], name: str, apart: bool
+) -> Plan[ExportSettings]:
+    settings = configuration.settings
+    if not apart:
+        return make_plan(configuration, environ)
+    port = settings.kv_port or BACKENDS[settings.backend].default_port
+    user = f":{PASSWORD}@" if settings.backend == "redis" else ""
+    store = settings.kv_url or settings.redis_url
+    if not store and name != "kv-server" and settings.backend != "nixl":
+        store = f"{settings.backend}://{user}kv-server:{port}"
+    settings = replace(
+        settings, host="0.0.0.0", advertise_host=OWN_ADDRESS, kv_url=store, redis_url="", run_dir=Path("/tmp"),
+        prefiller_url=settings.prefiller_url or (f"http://prefiller:{settings.prefiller_port}",),
+        decoder_url=settings.decoder_url or (f"http://decoder:{settings.decoder_port}",),
+    )  # fmt: skip
+    plan = make_plan(replace(configuration, settings=settings), environ, name)
+    return replace(plan, cards=Cards("", dict.fromkeys(ROLES, "")))  # the device plugin gives each its cards
+
+
+def _server(
+    configuration: Configuration[ExportSettings], environ: Mapping[str, str], name: str, apart: bool
+) -> Server:
+    settings, profile = configuration.settings, configuration.profile
+    plan = replace(_plan(configuration, environ, name, apart), run_id="exported")
+    command = build_command(plan, name)
+    words, environment = list(command.words), dict(command.environment)
+    more: dict[str, object]
+    if name == "proxy":
+        words += ["--drain-timeout-s", str(settings.drain_limit)]
+        more = {
+            "image": settings.proxy_image, "ready_s": int(profile.get("PROXY_READY_TIMEOUT")),
+            "settle_s": PROXY_SETTLE_S, "limit_s": settings.drain_limit,
+            "secrets": {"DISAGG_PROXY_API_KEY": "api-key"},
+        }  # fmt: skip
+    elif name == "kv-server":
+        more = _store(plan, words, environment, apart)
+    else:
+        words += COUNTER
+        more = _vllm(plan, name)
+        if plan.model.built:
+            prepare = build_command(plan, "model")
+            more |= {
+                "prepare": tuple(_on_target(word, settings.root) for word in prepare.words),
+                "prepare_environment": _environment(prepare.environment, settings.root),
+            }
+    words = [_on_target(word, settings.root) for word in words]
+    return Server(name, tuple(words), _environment(environment, settings.root), server_port(plan, name), **more)
+
+
+def _environment(values: Mapping[str, str], root: str) -> dict[str, str]:
+    found = {name: _on_target(value, root) for name, value in values.items()}
+    return found | {"PYTHONDONTWRITEBYTECODE": "1"}  # its folder is only read
+
+
+def _on_target(text: str, root: str) -> str:
+    """A text with this repository's folder replaced by the target's. Raises UsageError for one with a password."""
+    rest = text.replace(f":{PASSWORD}@", "")
+    if mask_passwords(rest) != rest:
+        raise UsageError("an exported file holds no password: name the store without one and add it by your secrets")
+    return text.replace(str(REPOSITORY), root)
+
+
+def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, object]:
+    settings, profile = plan.settings, plan.profile
+    receives = name == "decoder" and not plan.backend.starts_server
+    return {
+        "image": settings.server_image or f"disagg-prefill-server:{settings.device}",
+        "ready_s": settings.ready_timeout, "settle_s": settings.drain_settle, "limit_s": settings.drain_limit,
+        "secrets": {"HF_TOKEN": "hf-token"} | ({"REDIS_PASSWORD": "redis-password"} if PASSWORD in plan.backend.store_url else {}),
+        "more_ports": tuple(range(plan.backend.port, plan.backend.port + plan.backend.ports)) if receives else (),
+        "cards": settings.tensor_parallel_size * int(profile.get("CARDS_PER_RANK") or 0),
+        "cpu": profile.get("POD_CPU"), "memory": profile.get("POD_MEMORY"),
+        "memory_limit": profile.get("POD_MEMORY_LIMIT"),
+    }  # fmt: skip
+
+
+def _store(plan: Plan[ExportSettings], words: list[str], environment: dict[str, str], apart: bool) -> dict[str, object]:
+    """What a KV server needs beside its command; adds to that."""
+    settings = plan.settings
+    size = plan.profile.get("REDIS_MAXMEMORY")
+    image = settings.server_image or f"disagg-prefill-server:{settings.device}"
+    if settings.backend == "redis":
+        size, image = plan.backend.redis_maxmemory, settings.redis_image
+    elif settings.backend == "lm":
+        size = plan.backend.kv_lm_size or size
+        environment["KV_LM_SIZE"] = size
+    mebibytes = -(-size_of(size) // UNITS["m"])
+    more: dict[str, object] = {
+        "image": image, "health": "", "ready_s": int(plan.profile.get("KV_READY_TIMEOUT")),
+        "memory": f"{mebibytes + 512}Mi", "memory_limit": f"{mebibytes * 5 // 4 + 1024}Mi",
+    }  # fmt: skip
+    if settings.backend == "redis" and apart:
+        words += ["--requirepass", PASSWORD]
+        more["secrets"] = {"REDIS_PASSWORD": "redis-password"}
+    return more
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size like 512mb."""
+    digits = text.rstrip("kKmMgGbB")
+    return int(digits) * UNITS[text[len(digits) :].lower()[:1]]
