@@ -9,5 +9,8 @@ fix:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(PYTHON) tests/repository/tables.py --write
+	$(PYTHON) -m disagg_prefill_lmcache_v1.launch export kustomize --output deploy/kubernetes
+	$(PYTHON) -m disagg_prefill_lmcache_v1.launch export compose --device cpu --output deploy/compose
+	$(PYTHON) -m disagg_prefill_lmcache_v1.launch export systemd --device cuda --output deploy/systemd
 test:
 	bash tests/run.sh

@@ -1,8 +1,8 @@
 """Tells how many requests a vLLM server has in progress, so that whoever stops it can wait (launch/drain.py).
 
-An ASGI middleware: ``vllm serve ... --middleware disagg_prefill_lmcache_v1.kv.in_flight.CountRequests``, after the other
-ones, so that it stands around them: an answer that is held for its KV is in progress. ``GET /in-flight`` answers with
-the number. vLLM's own gauges do not do: they tell of a request only after its first step, and not of held answers.
+An ASGI middleware: ``vllm serve ... --middleware disagg_prefill_lmcache_v1.kv.in_flight.CountRequests``, after the
+other ones, so that it stands around them: an answer that is held for its KV is in progress. ``GET /in-flight`` answers
+with the number. vLLM's own gauges do not do: they tell of a request only after its first step, and not of held answers.
 """
 
 from __future__ import annotations

@@ -17,13 +17,10 @@ def main() -> int:
     from disagg_prefill_lmcache_v1.launch import example, server
     from disagg_prefill_lmcache_v1.launch.export import command_line
 
-    if sys.argv[1:2] == ["export"]:
-        return command_line.main(sys.argv[2:], os.environ)
-    if len(sys.argv) < 3 or sys.argv[1] not in ("example", "server"):
-        print("[disagg] usage: python -m disagg_prefill_lmcache_v1.launch export --help", file=sys.stderr)
-        return 2
-    program = {"example": example.main, "server": server.main}[sys.argv[1]]
-    return program(sys.argv[3:], os.environ, sys.argv[2])
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("example", "server"):
+        return {"example": example.main, "server": server.main}[name](arguments[1:], os.environ, arguments[0])
+    return command_line.main(arguments if name == "export" else [name, *arguments], os.environ)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m disagg_prefill_lmcache_v1.launch.drain --url http://127.0.0.1:8100 --settle 40 --limit 600
 
 First ``--settle`` seconds, in which proxies learn that the server is going, from DNS or from the upstreams file; it
-serves meanwhile. Then until ``/in-flight`` of the server (kv/in_flight.py) says 0: a prefill answer that is held for its
-KV counts. Without ``--url`` it only waits. Exit status 0 when nothing is left, 1 after ``--limit``, 2 for bad flags.
+serves meanwhile. Then until ``/in-flight`` of the server (kv/in_flight.py) says 0: a prefill answer that is held for
+its KV counts. Without ``--url`` it only waits. Exit status 0 when nothing is left, 1 after ``--limit`` or where the
+server does not tell, 2 for bad flags.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ _GONE_AFTER = 10  # answers in a row that failed: the server is gone, or does no
 class DrainSettings:
     """Times in seconds."""
 
-    url: str = setting(
-        "", "server that is to be stopped", pattern=r"https?://[^\s/]+/?", allowed="http://HOST:PORT"
-    )  # fmt: skip
+    url: str = setting("", "server that is to be stopped", pattern=r"https?://[^\s/]+/?", allowed="http://HOST:PORT")
     settle: float = setting(40.0, "seconds until nobody sends new requests", low=0, high=3600)
     limit: float = setting(600.0, "longest wait for requests in progress after that, seconds", low=0, high=86400)
 
@@ -48,21 +47,18 @@ def drain(settings: DrainSettings) -> bool:
     end, told, failed = time.monotonic() + settings.limit, 0.0, 0
     while True:
         try:
-            left, failed = in_flight(settings.url), 0
+            left, failed, state = in_flight(settings.url), 0, "requests in progress"
         except (OSError, ValueError) as error:
-            left, failed = -1, failed + 1
-            if failed >= _GONE_AFTER:
-                print(f"drain: {settings.url}{PATH}: {error}", file=sys.stderr, flush=True)
-                return False
+            left, failed, state = -1, failed + 1, f"it does not tell: {error}"
         if not left:
             return True
         now = time.monotonic()
-        if now >= end:
-            print(f"drain: {left} requests are still in progress after {settings.limit:g} s", file=sys.stderr)
-            return False
-        if now - told >= _TOLD_S and left > 0:
+        ended = now >= end or failed >= _GONE_AFTER
+        if ended or now - told >= _TOLD_S:
             told = now
-            print(f"drain: {left} requests in progress", file=sys.stderr, flush=True)
+            print(f"drain: {settings.url}: {left if left > 0 else ''} {state}", file=sys.stderr, flush=True)
+        if ended:
+            return False
         time.sleep(_PAUSE_S)
 
 

@@ -163,6 +163,7 @@ WAYS = [
     (r"lmcache server .*", None),  # faults of LMCache's, to reproduce by hand
     (r"curl .*", None),  # needs a stack that runs; tests/stack asks the same of one
     (r"pip (un)?install .*", None),  # changes the environment
+    (r"(docker|kind|kubectl) .*", None),  # needs a container engine or a cluster
 ]
 
 

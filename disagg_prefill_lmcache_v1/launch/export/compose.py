@@ -10,7 +10,7 @@ from disagg_prefill_lmcache_v1.launch.export.yaml_text import dump
 
 Data = dict[str, Any]
 
-MADE = "Made by: python -m disagg_prefill_lmcache_v1.launch export compose --device {device} --backend {backend} --output DIR"
+MADE = "Made by: python -m disagg_prefill_lmcache_v1.launch export compose --device {device} --backend {backend}"
 NETWORKS = {"proxy": ("front", "servers"), "kv-server": ("store",)}
 PROBE = "import urllib.request as r; r.urlopen('http://127.0.0.1:{port}{path}', timeout=5)"
 CONNECT = "import socket; socket.create_connection(('127.0.0.1', {port}), 5)"

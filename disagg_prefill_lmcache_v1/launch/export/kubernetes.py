@@ -161,8 +161,9 @@ def drain_command(server: Server) -> list[str]:
 
 
 def probes(server: Server) -> Data:
-    """Startup waits for the model, readiness is quick, liveness gives up only on a server that is stuck for a minute."""
-    asked: Data = {"httpGet": {"path": server.health, "port": "main"}} if server.health else {"tcpSocket": {"port": "main"}}
+    """Startup waits for the model, readiness is quick, liveness gives up on a server that is stuck for a minute."""
+    port: Data = {"port": "main"}
+    asked: Data = {"httpGet": {"path": server.health, **port}} if server.health else {"tcpSocket": port}
     return {
         "startupProbe": {**asked, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": -(-server.ready_s // 5)},
         "readinessProbe": {**asked, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
@@ -188,7 +189,8 @@ def disruption(stack: Stack, server: Server) -> Data:
 
 def policies(stack: Stack) -> list[Data]:
     """Nobody reaches a pod but those who need it: clients the proxy, it the servers, these the store."""
-    found = [named(stack, "NetworkPolicy", "networking.k8s.io/v1", "all", {"podSelector": {}, "policyTypes": ["Ingress"]})]
+    kind, version = "NetworkPolicy", "networking.k8s.io/v1"
+    found = [named(stack, kind, version, "all", {"podSelector": {}, "policyTypes": ["Ingress"]})]
     scrapers = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": MONITORING}}}
     for server in stack.servers.values():
         port = [{"protocol": "TCP", "port": server.port}]
@@ -200,7 +202,7 @@ def policies(stack: Stack) -> list[Data]:
             if stack.settings.backend == "nixl":  # NIXL's transport takes ports as it likes
                 rules += [{"from": [{"podSelector": chosen("prefiller", "decoder")}]}]
         spec = {"podSelector": chosen(server.name), "policyTypes": ["Ingress"], "ingress": rules}
-        found.append(named(stack, "NetworkPolicy", "networking.k8s.io/v1", server.name, spec))
+        found.append(named(stack, kind, version, server.name, spec))
     return found
 
 

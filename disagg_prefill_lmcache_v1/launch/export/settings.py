@@ -28,7 +28,7 @@ class FileSettings:
     )
     redis_image: str = setting("redis:7.4", "image that has redis-server", **IMAGE)
     drain_settle: int = setting(
-        40, "Kubernetes: seconds until no proxy sends new requests to a server that stops (the name server's TTL and 5 s)",
+        40, "Kubernetes: seconds until no proxy sends new requests to a server that stops (the name's TTL and 5 s)",
         low=0, high=3600,
     )  # fmt: skip
     drain_limit: int = setting(600, "longest time that requests in progress get when a server stops", low=0, high=86400)

@@ -1,4 +1,4 @@
-"""The one description of the stack's servers from which all files are made: the launcher's own commands, and what runs them.
+"""The one description of the stack's servers from which all files are made: the launcher's commands, what runs them.
 
 What a server runs with is what ``launch/commands.py`` builds for the example, with this repository's folder replaced by
 the one on the target. Of the caller's environment only the settings of this project count, so that the files depend on
@@ -24,6 +24,7 @@ from disagg_prefill_lmcache_v1.settings import env_of
 COUNTER = ("--middleware", "disagg_prefill_lmcache_v1.kv.in_flight.CountRequests")
 PASSWORD = "{redis-password}"  # stands for the secret until a format writes it in its own way
 OWN_ADDRESS = "own-address.invalid"  # the address of a server's own pod or container
+APART = ("lm", "redis", "nixl")  # ways of the KV cache that need no common machine
 PROXY_SETTLE_S = 10
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -81,8 +82,8 @@ def describe(configuration: Configuration[ExportSettings], environ: Mapping[str,
     """The stack of a configuration; ``apart``: each server has a host of its own, named like it. Raises UsageError."""
     settings = configuration.settings
     kind = BACKENDS[settings.backend]
-    if apart and kind.local:
-        raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: lm, redis, nixl")
+    if apart and settings.backend not in APART:
+        raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: {', '.join(APART)}")
     if apart and (settings.prefillers > 1 or settings.decoders > 1):
         raise UsageError("--prefillers, --decoders: say how many by replicas, when it runs")
     environ = own_environment(environ)
@@ -106,8 +107,11 @@ def _plan(
     port = settings.kv_port or BACKENDS[settings.backend].default_port
     user = f":{PASSWORD}@" if settings.backend == "redis" else ""
     store = settings.kv_url or settings.redis_url
-    if not store and name != "kv-server" and settings.backend != "nixl":
+    if not store and settings.backend != "nixl":
         store = f"{settings.backend}://{user}kv-server:{port}"
+    if name == "kv-server":  # the launcher's own Redis is for one machine; here it has a password
+        plan = make_plan(replace(configuration, settings=replace(settings, run_dir=Path("/tmp"))), environ)
+        return replace(plan, backend=replace(plan.backend, host="0.0.0.0"))
     settings = replace(
         settings, host="0.0.0.0", advertise_host=OWN_ADDRESS, kv_url=store, redis_url="", run_dir=Path("/tmp"),
         prefiller_url=settings.prefiller_url or (f"http://prefiller:{settings.prefiller_port}",),
@@ -117,9 +121,7 @@ def _plan(
     return replace(plan, cards=Cards("", dict.fromkeys(ROLES, "")))  # the device plugin gives each its cards
 
 
-def _server(
-    configuration: Configuration[ExportSettings], environ: Mapping[str, str], name: str, apart: bool
-) -> Server:
+def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, str], name: str, apart: bool) -> Server:
     settings, profile = configuration.settings, configuration.profile
     plan = replace(_plan(configuration, environ, name, apart), run_id="exported")
     command = build_command(plan, name)
@@ -163,10 +165,13 @@ def _on_target(text: str, root: str) -> str:
 def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, object]:
     settings, profile = plan.settings, plan.profile
     receives = name == "decoder" and not plan.backend.starts_server
+    secrets = {"HF_TOKEN": "hf-token"}
+    if PASSWORD in plan.backend.store_url:
+        secrets["REDIS_PASSWORD"] = "redis-password"
     return {
         "image": settings.server_image or f"disagg-prefill-server:{settings.device}",
         "ready_s": settings.ready_timeout, "settle_s": settings.drain_settle, "limit_s": settings.drain_limit,
-        "secrets": {"HF_TOKEN": "hf-token"} | ({"REDIS_PASSWORD": "redis-password"} if PASSWORD in plan.backend.store_url else {}),
+        "secrets": secrets,
         "more_ports": tuple(range(plan.backend.port, plan.backend.port + plan.backend.ports)) if receives else (),
         "cards": settings.tensor_parallel_size * int(profile.get("CARDS_PER_RANK") or 0),
         "cpu": profile.get("POD_CPU"), "memory": profile.get("POD_MEMORY"),

@@ -7,9 +7,11 @@ from disagg_prefill_lmcache_v1.launch.export.stack import Server, Stack
 
 NAME = "disagg-prefill"
 RUN_DIR = f"/run/{NAME}"
-MADE = "Made by: python -m disagg_prefill_lmcache_v1.launch export systemd --device {device} --backend {backend} --output DIR"
-SAFE = ("NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "ProtectKernelTunables=yes",
-        "ProtectControlGroups=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes", "CapabilityBoundingSet=")  # fmt: skip
+MADE = "Made by: python -m disagg_prefill_lmcache_v1.launch export systemd --device {device} --backend {backend}"
+SAFE = (
+    "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "ProtectKernelTunables=yes", "PrivateTmp=yes",
+    "ProtectControlGroups=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes", "CapabilityBoundingSet=",
+)  # fmt: skip
 
 
 def units(stack: Stack) -> dict[str, str]:
@@ -38,7 +40,7 @@ def _unit(stack: Stack, server: Server) -> list[str]:
     before = [name for name in stack.servers if _rank(name) < _rank(server.name)]
     after = [f"{NAME}-{name}.service" for name in before]
     lines = ["[Unit]", f"Description=Disaggregated prefill: {server.name}", f"PartOf={NAME}.target"]
-    lines += ["After=network-online.target " + " ".join(after), f"Wants=network-online.target {' '.join(after)}".rstrip()]
+    lines += [f"{word}={' '.join(['network-online.target', *after])}" for word in ("After", "Wants")]
     path = f"{settings.root}/.venv/bin:/usr/local/bin:/usr/bin:/bin"
     lines += ["", "[Service]", f"User={NAME}", f"Environment={quoted(f'PATH={path}')}"]
     lines += [f"Environment={quoted(f'{name}={value}')}" for name, value in sorted(server.environment.items())]
@@ -52,7 +54,7 @@ def _unit(stack: Stack, server: Server) -> list[str]:
         lines += [f"RuntimeDirectory={NAME}", "RuntimeDirectoryPreserve=yes"]
     if server.runs_vllm:
         lines += [f"CacheDirectory={NAME}", f"Environment={quoted(f'HOME=/var/cache/{NAME}')}"]
-    return [line.rstrip() for line in lines] + [*SAFE, "PrivateTmp=yes", "", "[Install]", f"WantedBy={NAME}.target"]
+    return [*lines, *SAFE, "", "[Install]", f"WantedBy={NAME}.target"]
 
 
 def _rank(name: str) -> int:
