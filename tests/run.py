@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,9 +37,10 @@ def run(pytest_arguments: Sequence[str]) -> None:
         except Failure as failure:
             info(f"Redis tests are left out: {failure}")
         try:
-            set_up_program(supervisor, "chromium-headless-shell", "chromium-headless-shell", "", log)
+            if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+                set_up_program(supervisor, "chromium-headless-shell", "chromium-headless-shell", "", log)
         except Failure as failure:
-            info(f"tests of pages in a browser are left out, unless there is another Chromium: {failure}")
+            info(f"tests that look at pages are left out: {failure}")
         words = [python, "-m", "pytest", "--durations=15", *pytest_arguments]
         if status := supervisor.await_end(supervisor.start("pytest", words, os.environ, None)):
             raise Failure(f"pytest: exit status {status}")
