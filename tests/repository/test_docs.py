@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "disagg_prefill_lmcache_v1"
 PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.is_file()]
 MADE_BY_A_RUN = {
+    "compare.json",
     "summary.json",
     "report.html",
     "prefiller.log",
