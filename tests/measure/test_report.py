@@ -23,7 +23,11 @@ HOSTILE = "</script><script>console.error('hostile')</script>@plotly@<b>"
 def made_up_requests(rng: random.Random, arm: str, count: int) -> list[dict[str, Any]]:
     requests = []
     for number in range(count):
-        parts = {name: rng.uniform(1, 60) for name in PARTS} if arm == "pair" else {"decode": rng.uniform(80, 200)}
+        parts = (
+            {name: rng.uniform(1, 60) for name in PARTS}
+            if arm == "pair"
+            else {"decode": rng.uniform(80, 200), HOSTILE: 1.0}
+        )
         ttft = sum(parts.values()) + 1
         gaps = [rng.uniform(5, 9) if rng.random() < 0.95 else rng.uniform(20, 200) for _ in range(15)]
         requests.append({
