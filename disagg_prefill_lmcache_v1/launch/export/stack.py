@@ -145,6 +145,9 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
                 "prepare": tuple(_on_target(word, settings.root) for word in prepare.words),
                 "prepare_environment": _environment(prepare.environment, settings.root),
             }
+    if name != "proxy" and settings.redis_image != more["image"]:
+        # LMCache's numba wants to write beside its code; where it cannot, LMCache offers nothing but its command line.
+        environment["NUMBA_CACHE_DIR"] = "/tmp/numba"
     words = [_on_target(word, settings.root) for word in words]
     return Server(name, tuple(words), _environment(environment, settings.root), server_port(plan, name), **more)
 
