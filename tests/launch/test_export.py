@@ -353,6 +353,38 @@ def test_a_store_of_ones_own_is_used_and_none_started() -> None:
     assert SECRET in files["prefiller.yaml"]
 
 
+def test_several_servers_of_a_role_have_a_name_each() -> None:
+    flags = ("--device", "cuda", "--backend", "nixl", "--decoders", "2", "--tensor-parallel-size", "2")
+    files = exported("kubernetes", *flags)
+    for name in ("decoder", "decoder2"):
+        deployment, service, _ = yaml.safe_load_all(files[f"{name}.yaml"])
+        container = deployment["spec"]["template"]["spec"]["containers"][0]
+        assert deployment["metadata"]["name"] == service["metadata"]["name"] == name
+        assert service["spec"]["ports"][0]["port"] == 8200
+        values = {each["name"]: each.get("value") for each in container["env"]}
+        assert values["DISAGG_KV_RECEIVER"] == "$(POD_IP):8500"
+        assert {each["containerPort"] for each in container["ports"]} == {8200, 8500, 8501}
+    proxy = next(yaml.safe_load_all(files["proxy.yaml"]))["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert [proxy[index + 1] for index, word in enumerate(proxy) if word == "--decoder"] == [
+        "http://decoder:8200",
+        "http://decoder2:8200",
+    ]
+    policies = {each["metadata"]["name"]: each for each in yaml.safe_load_all(files["network-policies.yaml"])}
+    peers = policies["prefiller"]["spec"]["ingress"][1]["from"][0]["podSelector"]["matchExpressions"][0]["values"]
+    assert peers == ["prefiller", "decoder", "decoder2"]
+    services = yaml.safe_load(exported("compose", *flags)["compose.yaml"])["services"]
+    cards = [
+        services[name]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for name in ("prefiller", "decoder", "decoder2")
+    ]
+    assert cards == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert set(services["proxy"]["depends_on"]) == {"prefiller", "decoder", "decoder2"}
+    unit = exported("systemd", *flags)["disagg-prefill-decoder2.service"]
+    assert "CUDA_VISIBLE_DEVICES=4,5" in unit
+    assert '"--port" "8201"' in unit
+    assert "CacheDirectory=" in unit
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -361,7 +393,6 @@ def test_a_store_of_ones_own_is_used_and_none_started() -> None:
         (("kubernetes",), "--output is needed"),
         (("kustomize", "--output", "x", "--device", "cpu"), "--device: kustomize writes all of them"),
         (("kubernetes", "--output", "x", "--backend", "shm"), "allowed here: lm, redis, nixl"),
-        (("compose", "--output", "x", "--device", "cpu", "--decoders", "2"), "--prefillers, --decoders"),
         (("compose", "--output", "x", "--namespace", "Big"), "--namespace 'Big': allowed: small letters"),
         (("kubernetes", "--output", "x", "--backend", "redis", "--kv-url", "redis://:s3cret@h:1"), "no password"),
         (("systemd", "--output", "/proc/none"), "cannot write /proc/none"),

@@ -65,7 +65,7 @@ def _service(stack: Stack, server: Server) -> Data:
     for name in server.secrets:
         if name != "REDIS_PASSWORD":
             found["environment"][name] = f"${{{name}:-}}"
-    before = {"proxy": ("prefiller", "decoder"), "kv-server": ()}.get(server.name, ("kv-server",))
+    before = {"proxy": stack.vllm_servers, "kv-server": ()}.get(server.name, ("kv-server",))
     waits: Data = {name: {"condition": "service_healthy"} for name in before if name in stack.servers}
     if server.prepare:
         waits["model"] = {"condition": "service_completed_successfully"}
@@ -84,13 +84,13 @@ def _service(stack: Stack, server: Server) -> Data:
     found["restart"] = "unless-stopped"
     found |= _cards(stack, server)
     if stack.settings.device == "hpu" and server.cards:
-        found["environment"]["HABANA_VISIBLE_DEVICES"] = ",".join(_numbers(server))
+        found["environment"]["HABANA_VISIBLE_DEVICES"] = ",".join(_numbers(stack, server))
     return found
 
 
-def _numbers(server: Server) -> list[str]:
-    """The first cards for the prefill server, the next ones for the decode server."""
-    first = 0 if server.name == "prefiller" else server.cards
+def _numbers(stack: Stack, server: Server) -> list[str]:
+    """The first cards for the first server, the next ones for the second."""
+    first = stack.vllm_servers.index(server.name) * server.cards
     return [str(first + index) for index in range(server.cards)]
 
 
@@ -100,5 +100,5 @@ def _cards(stack: Stack, server: Server) -> Data:
         return {"shm_size": "2gb"} if server.runs_vllm else {}
     if stack.settings.device == "hpu":
         return {"shm_size": "8gb", "runtime": "habana", "cap_add": ["SYS_NICE"]}
-    device = {"driver": "nvidia", "device_ids": _numbers(server), "capabilities": ["gpu"]}
+    device = {"driver": "nvidia", "device_ids": _numbers(stack, server), "capabilities": ["gpu"]}
     return {"shm_size": "8gb", "deploy": {"resources": {"reservations": {"devices": [device]}}}}

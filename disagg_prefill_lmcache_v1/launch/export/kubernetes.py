@@ -196,11 +196,11 @@ def policies(stack: Stack) -> list[Data]:
         port = [{"protocol": "TCP", "port": server.port}]
         rules: list[Data] = [{"ports": port}]
         if server.name == "kv-server":
-            rules = [{"from": [{"podSelector": chosen("prefiller", "decoder")}], "ports": port}]
+            rules = [{"from": [{"podSelector": chosen(*stack.vllm_servers)}], "ports": port}]
         elif server.runs_vllm:
             rules = [{"from": [{"podSelector": chosen("proxy")}, scrapers], "ports": port}]
             if stack.settings.backend == "nixl":  # NIXL's transport takes ports as it likes
-                rules += [{"from": [{"podSelector": chosen("prefiller", "decoder")}]}]
+                rules += [{"from": [{"podSelector": chosen(*stack.vllm_servers)}]}]
         spec = {"podSelector": chosen(server.name), "policyTypes": ["Ingress"], "ingress": rules}
         found.append(named(stack, kind, version, server.name, spec))
     return found

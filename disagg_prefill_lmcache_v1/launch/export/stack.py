@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.backends import BACKENDS
+from disagg_prefill_lmcache_v1.launch.backends.base import role_of
 from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
 from disagg_prefill_lmcache_v1.launch.devices import Cards
 from disagg_prefill_lmcache_v1.launch.export.settings import ExportSettings
 from disagg_prefill_lmcache_v1.launch.messages import UsageError, mask_passwords
-from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
+from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan, server_names
 from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY, Profile
 from disagg_prefill_lmcache_v1.launch.settings import PREFIX, Configuration
 from disagg_prefill_lmcache_v1.settings import env_of
@@ -53,7 +54,7 @@ class Server:
 
     @property
     def runs_vllm(self) -> bool:
-        return self.name in ROLES
+        return role_of(self.name) in ROLES
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Stack:
     settings: ExportSettings
     profile: Profile
     servers: Mapping[str, Server]
+
+    @property
+    def vllm_servers(self) -> tuple[str, ...]:
+        """Names of the vLLM servers, those of prefill first."""
+        return tuple(name for name, server in self.servers.items() if server.runs_vllm)
 
     @property
     def models(self) -> str:
@@ -79,23 +85,20 @@ def own_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe(configuration: Configuration[ExportSettings], environ: Mapping[str, str], *, apart: bool) -> Stack:
-    """The stack of a configuration; ``apart``: each server has a host of its own, named like it. Raises UsageError."""
+    """The stack of a configuration; ``apart``: each server has a host of its own, named like it. Raises UsageError.
+
+    Of several servers of a role all are alike there but for their names: ``decoder2`` listens on the same port.
+    """
     settings = configuration.settings
     kind = BACKENDS[settings.backend]
     if apart and settings.backend not in APART:
         raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: {', '.join(APART)}")
-    if apart and (settings.prefillers > 1 or settings.decoders > 1):
-        raise UsageError("--prefillers, --decoders: say how many by replicas, when it runs")
     environ = own_environment(environ)
-    names = (*(ROLES if apart else _names(configuration, environ)), "proxy")
+    names = (*server_names(settings), "proxy")
     if kind.starts_server and not (settings.kv_url or settings.redis_url):
         names = ("kv-server", *names)
     servers = {name: _server(configuration, environ, name, apart) for name in names}
     return Stack(settings, configuration.profile, servers)
-
-
-def _names(configuration: Configuration[ExportSettings], environ: Mapping[str, str]) -> tuple[str, ...]:
-    return make_plan(configuration, environ).servers
 
 
 def _plan(
@@ -112,10 +115,15 @@ def _plan(
     if name == "kv-server":  # the launcher's own Redis is for one machine; here it has a password
         plan = make_plan(replace(configuration, settings=replace(settings, run_dir=Path("/tmp"))), environ)
         return replace(plan, backend=replace(plan.backend, host="0.0.0.0"))
+    names = server_names(settings)
+    urls = {
+        f"{role}_url": getattr(settings, f"{role}_url")
+        or tuple(f"http://{each}:{getattr(settings, f'{role}_port')}" for each in names if role_of(each) == role)
+        for role in ROLES
+    }
     settings = replace(
         settings, host="0.0.0.0", advertise_host=OWN_ADDRESS, kv_url=store, redis_url="", run_dir=Path("/tmp"),
-        prefiller_url=settings.prefiller_url or (f"http://prefiller:{settings.prefiller_port}",),
-        decoder_url=settings.decoder_url or (f"http://decoder:{settings.decoder_port}",),
+        prefillers=1, decoders=1, **urls,
     )  # fmt: skip
     plan = make_plan(replace(configuration, settings=settings), environ, name)
     return replace(plan, cards=Cards("", dict.fromkeys(ROLES, "")))  # the device plugin gives each its cards
@@ -123,8 +131,9 @@ def _plan(
 
 def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, str], name: str, apart: bool) -> Server:
     settings, profile = configuration.settings, configuration.profile
-    plan = replace(_plan(configuration, environ, name, apart), run_id="exported")
-    command = build_command(plan, name)
+    one = role_of(name) if apart else name
+    plan = replace(_plan(configuration, environ, one, apart), run_id="exported")
+    command = build_command(plan, one)
     words, environment = list(command.words), dict(command.environment)
     more: dict[str, object]
     if name == "proxy":
@@ -149,7 +158,7 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
         # LMCache's numba wants to write beside its code; where it cannot, LMCache offers nothing but its command line.
         environment["NUMBA_CACHE_DIR"] = "/tmp/numba"
     words = [_on_target(word, settings.root) for word in words]
-    return Server(name, tuple(words), _environment(environment, settings.root), server_port(plan, name), **more)
+    return Server(name, tuple(words), _environment(environment, settings.root), server_port(plan, one), **more)
 
 
 def _environment(values: Mapping[str, str], root: str) -> dict[str, str]:
@@ -167,7 +176,7 @@ def _on_target(text: str, root: str) -> str:
 
 def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, object]:
     settings, profile = plan.settings, plan.profile
-    receives = name == "decoder" and not plan.backend.starts_server
+    receives = role_of(name) == "decoder" and not plan.backend.starts_server
     secrets = {"HF_TOKEN": "hf-token"}
     if PASSWORD in plan.backend.store_url:
         secrets["REDIS_PASSWORD"] = "redis-password"
