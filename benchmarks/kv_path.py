@@ -64,7 +64,7 @@ SERVERS = {
     "redis": ["redis-server", "--bind", "127.0.0.1", "--port", "{port}", "--save", "", "--appendonly", "no"],
     "shm": [
         *(sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"),
-        *("127.0.0.1", "{port}", "--size", "{size}"),
+        *("{socket}", "--size", "{size}"),
     ],
 }
 CHUNK = 256  # tokens
@@ -129,7 +129,8 @@ def taken(pid: int) -> int:
 def server(kind: str, size: int) -> Iterator[str]:
     """A store of ``kind`` of its own for ``size`` bytes; its URL."""
     port = free_port()
-    command = [word.format(port=port, size=size) for word in SERVERS[kind]]
+    path = Path(tempfile.gettempdir(), f"kv_path-{os.getpid()}.sock")
+    command = [word.format(port=port, size=size, socket=path) for word in SERVERS[kind]]
     if kind == "redis":
         command += [*os.environ.get("REDIS_ARGS", "").split(), "--maxmemory", str(2 * size)]
     env = {**os.environ, "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}"}
@@ -138,8 +139,8 @@ def server(kind: str, size: int) -> Iterator[str]:
         try:
             deadline = time.monotonic() + 120
             while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                with socket.socket(socket.AF_UNIX if kind == "shm" else socket.AF_INET) as probe:
+                    if probe.connect_ex(str(path) if kind == "shm" else ("127.0.0.1", port)) == 0:
                         break
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -148,10 +149,11 @@ def server(kind: str, size: int) -> Iterator[str]:
             if kind == "shm":  # it takes its memory in the background
                 while taken(process.pid) < size and time.monotonic() < deadline:
                     time.sleep(0.05)
-            yield f"{kind}://127.0.0.1:{port}"
+            yield f"shm://{path}" if kind == "shm" else f"{kind}://127.0.0.1:{port}"
         finally:
             process.kill()
             process.wait()
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.backends.base import number_of, role_of
-from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.commands import build_command, server_address
 from disagg_prefill_lmcache_v1.launch.interpreter import PREFLIGHT
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
@@ -23,6 +23,7 @@ from disagg_prefill_lmcache_v1.launch.ports import is_listening
 from disagg_prefill_lmcache_v1.launch.preflight import PROBLEM, WARNING
 from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
+from disagg_prefill_lmcache_v1.same_user import read_secret
 from disagg_prefill_lmcache_v1.settings import authority, is_loopback
 
 PROGRAM_VARIABLES = {"prefiller": "VLLM_PROGRAM", "decoder": "VLLM_PROGRAM", "proxy": "PROXY_PROGRAM"}
@@ -100,7 +101,7 @@ def role_ports(plan: Plan[Settings], role: str) -> list[tuple[int, str]]:
     backend, server_role = plan.backend, role_of(role)
     if role == "kv-server":
         return [(backend.port + index, "kv_port") for index in range(backend.ports)]
-    own = [(server_port(plan, role), f"{server_role}_port")]
+    own = [(server_address(plan, role), f"{server_role}_port")]
     if server_role == "decoder" and not backend.starts_server:
         first = backend.port + number_of(role) * backend.ranks
         own += [(first + index, "kv_port") for index in range(backend.ranks)]
@@ -134,17 +135,26 @@ def space_problem(folder: Path, gib: int, purpose: str) -> str:
     return f"{folder} has {free} GiB free, {purpose} need(s) {gib} GiB: free some, or use another place"
 
 
+def hub_home(plan: Plan[Any]) -> Path:
+    """Hugging Face's folder."""
+    return Path(plan.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
+
+
+def hub_cache(plan: Plan[Any]) -> Path:
+    """Where Hugging Face keeps the model."""
+    hub = Path(plan.environ.get("HF_HUB_CACHE") or hub_home(plan) / "hub")
+    return hub / f"models--{plan.model.name.replace('/', '--')}"
+
+
 def token_problem(plan: Plan[Any]) -> str:
     """A gated model needs a token unless it lies in the cache already."""
     environ, name = plan.environ, plan.model.name
     gated = any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.profile.words("GATED_MODELS"))
     if plan.model.is_local or not gated:
         return ""
-    home = Path(environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
-    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
-    token = home / "token"
+    token = hub_home(plan) / "token"
     has_token = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN")
-    if has_token or (token.is_file() and token.stat().st_size) or (cache / "snapshots").is_dir():
+    if has_token or (token.is_file() and token.stat().st_size) or (hub_cache(plan) / "snapshots").is_dir():
         return ""
     return f"the model {name} is gated: set HF_TOKEN to a Hugging Face token with access, or choose another --model"
 
@@ -192,7 +202,7 @@ def exposure(plan: Plan[Settings], name: str) -> str:
 
     The proxy tells of itself.
     """
-    host, port = (plan.backend.host if name == "kv-server" else plan.host), server_port(plan, name)
+    host, port = (plan.backend.host if name == "kv-server" else plan.host), server_address(plan, name)
     if is_loopback(host) or name == "proxy":
         return ""
     flags = {word for word in vllm_words(plan) if word.startswith("--")}
@@ -228,7 +238,8 @@ def check_python(plan: Plan[Any], supervisor: Supervisor) -> None:
 
 def check_redis_answers(plan: Plan[Any], supervisor: Supervisor) -> None:
     """PING to the Redis that was started here. Raises Failure."""
-    run_preflight(plan, supervisor, [], plan.backend.store_url)
+    scheme, _, address = plan.backend.store_url.partition("://")
+    run_preflight(plan, supervisor, [], f"{scheme}://:{read_secret(str(plan.backend.secret_file))}@{address}")
 
 
 def run_preflight(plan: Plan[Any], supervisor: Supervisor, arguments: Sequence[str], redis_url: str) -> None:

@@ -80,7 +80,7 @@ def common_environment(plan: Plan[Any]) -> dict[str, str]:
 
 def vllm_server(plan: Plan[Settings], name: str) -> Command:
     """A vLLM server of the example."""
-    role, port = role_of(name), server_port(plan, name)
+    role, port = role_of(name), server_address(plan, name)
     text = plan.settings.vllm_program
     words = fill(VLLM_PROGRAMS.get(text, text).split(), plan.interpreter.path)
     words += [plan.model.name, "--host", plan.host, "--port", str(port), "--served-model-name", plan.model.served_name]
@@ -119,10 +119,10 @@ def engine_environment(plan: Plan[Any], name: str) -> dict[str, str]:
 # --- the others
 
 
-def server_port(plan: Plan[Settings], name: str) -> int:
-    """Port of a server by its name."""
+def server_address(plan: Plan[Settings], name: str) -> int | str:
+    """Port of a server by its name; the KV server may have a Unix socket instead."""
     if name == "kv-server":
-        return plan.backend.port
+        return plan.backend.address
     return getattr(plan.settings, f"{role_of(name)}_port") + number_of(name)
 
 
@@ -130,7 +130,7 @@ def server_urls(plan: Plan[Settings], role: str) -> tuple[str, ...]:
     """The vLLM servers of a role: those on other machines that were named, else those on this one."""
     here = [name for name in plan.servers if role_of(name) == role]
     return getattr(plan.settings, f"{role}_url") or tuple(
-        f"http://{authority(plan.reach, server_port(plan, name))}" for name in here
+        f"http://{authority(plan.reach, server_address(plan, name))}" for name in here
     )
 
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
-from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, server_port
+from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, server_address
+from disagg_prefill_lmcache_v1.launch.load_size import load_warning
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
 from disagg_prefill_lmcache_v1.launch.plan import Plan, make_plan
-from disagg_prefill_lmcache_v1.launch.prepare import prepare, settle
+from disagg_prefill_lmcache_v1.launch.ports import address_text
+from disagg_prefill_lmcache_v1.launch.prepare import prepare, secret_of_run, settle
 from disagg_prefill_lmcache_v1.launch.settings import Settings, read_configuration
 from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor, Target
 from disagg_prefill_lmcache_v1.settings import authority
@@ -76,11 +78,12 @@ class Example:
     def run(self) -> None:
         """Raises Failure."""
         self.prepare()
-        self.start_servers()
-        if self.plan.settings.serve:
-            self.serve()
-        else:
-            self.measure()
+        with secret_of_run(self.plan.backend):
+            self.start_servers()
+            if self.plan.settings.serve:
+                self.serve()
+            else:
+                self.measure()
 
     def prepare(self) -> None:
         """Tells what will run, checks, sets up."""
@@ -94,13 +97,16 @@ class Example:
             info(f"one card for both servers: each takes {share} of its memory")
         roles = [*plan.servers, "proxy", *(["kv-server"] if plan.backend.runs_server else [])]
         prepare(plan, self.supervisor, roles, own_run_dir=True)
+        warning = "" if settings.serve else load_warning(plan, settings.num_prompts, settings.input_len)
+        if warning:
+            info(warning)
 
     def start(self, role: str) -> None:
         command = build_command(self.plan, role)
         words = with_masked_output(self.plan.backend.url, command.words)
         environment = command.full_environment(self.plan.environ)
         log = log_of(self.plan, role)
-        info(f"starting {role} on port {server_port(self.plan, role)} (log: {log})")
+        info(f"starting {role} on {address_text(server_address(self.plan, role))} (log: {log})")
         self.children[role] = self.supervisor.start(role, words, environment, log)
 
     def await_ready(self, timeout_s: float, roles: Sequence[str], path: str) -> None:
@@ -109,7 +115,7 @@ class Example:
             log = log_of(self.plan, role)
             problem = (lambda log=log: start_problem(log)) if role in self.plan.servers else None
             host = self.plan.backend.reach if role == "kv-server" else self.plan.reach
-            targets.append(Target(self.children[role], server_port(self.plan, role), path, problem, host))
+            targets.append(Target(self.children[role], server_address(self.plan, role), path, problem, host))
         self.supervisor.await_ready(timeout_s, targets)
 
     def start_servers(self) -> None:

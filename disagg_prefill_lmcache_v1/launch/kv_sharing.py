@@ -74,6 +74,7 @@ def configure(
         description="Shares a prompt's KV cache between two vLLM instances through a KV server.",
     )  # fmt: skip
     settings = configuration.settings
+    configuration.check_kv_port()
     schemes = BACKENDS[settings.backend].schemes
     starts_server = BACKENDS[settings.backend].starts_server
     if settings.remote_url and not (starts_server and urlsplit(settings.remote_url).scheme in schemes):
@@ -130,8 +131,8 @@ def instance_command(plan: Plan[SharingSettings], role: str, report_fd: int) -> 
     side, name = SIDES[role], f"kv-sharing-{plan.run_id}-{role}"
     vllm = ["--model", plan.model.name, *engine_arguments(plan, side, name), *plan.configuration.vllm_arguments]
     environment = engine_environment(plan, side)
+    environment["DISAGG_KV_VISIBILITY"] = f"@disagg-{name}"
     if role == "store":
-        environment["DISAGG_KV_VISIBILITY"] = f"@disagg-{name}"
         environment["DISAGG_KV_WAIT_TIMEOUT"] = f"{min(plan.settings.timeout, 3599):g}"
     if plan.settings.device == "hpu":
         # The Gaudi plugin sets its LMCache hooks when it finds the connector's name; there is no command line to read.

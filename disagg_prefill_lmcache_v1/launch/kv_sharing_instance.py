@@ -18,17 +18,25 @@ from typing import Any
 SOCKET_VARIABLE = "DISAGG_KV_VISIBILITY"
 
 
-class VisibilityListener:
-    """Waits for the word of every tensor parallel rank that a request's KV is in the store (see kv_visibility.py)."""
+TOLD_WITHIN_S = 30.0  # of an answer: the workers' word goes with a step, and the machine may be busy
+
+
+class Listener:
+    """What the engine says of its requests: every tensor parallel rank of the first instance that its KV is in the
+    store (kv/visibility.py), the second what it has really loaded (kv/reuse.py)."""
 
     def __init__(self, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + name[1:] if name.startswith("@") else name)
         self._ranks: dict[str, set[int]] = {}
         self._waiting: set[str] = set()
+        self._reused: dict[str, int] = {}
 
     def _take(self, message: dict[str, Any]) -> None:
         request = message["id"]
+        if "reused" in message:
+            self._reused[request] = int(message["reused"])
+            return
         done = self._ranks.setdefault(request, set())
         if "state" not in message:
             self._waiting.add(request)
@@ -63,6 +71,26 @@ class VisibilityListener:
             except (ValueError, KeyError, TypeError):
                 continue  # not from our engine
 
+    def reused(self, request: str) -> int:
+        """Prompt tokens that were not computed, of a request that has been answered.
+
+        Raises:
+            RuntimeError: the engine does not say.
+        """
+        deadline = time.monotonic() + TOLD_WITHIN_S
+        while True:
+            # the engine's name of a request has more letters behind it
+            for name, tokens in self._reused.items():
+                if name == request or name.startswith((f"{request}-", f"{request}_")):
+                    return tokens
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                self._take(json.loads(self._socket.recv(4096)))
+            except TimeoutError:
+                raise RuntimeError("the KV connector does not say what it has loaded") from None
+            except (ValueError, KeyError, TypeError):
+                continue
+
 
 def make_llm(words: list[str]) -> Any:
     """`words` are arguments as `vllm serve` takes them."""
@@ -79,7 +107,7 @@ def make_llm(words: list[str]) -> Any:
 class Instance:
     """The operations that the parent can ask for."""
 
-    def __init__(self, llm: Any, listener: VisibilityListener | None) -> None:
+    def __init__(self, llm: Any, listener: Listener) -> None:
         self._llm = llm
         self._listener = listener
 
@@ -88,19 +116,26 @@ class Instance:
         return {"token_ids": self._llm.get_tokenizer().encode(text)[:limit]}
 
     def generate(self, token_ids: list[int], max_tokens: int, visible_within_s: float | None = None) -> dict[str, Any]:
-        """Greedy answer, with times in seconds; with `visible_within_s` it waits until the KV is in the store."""
+        """Greedy answer, with times in seconds and what was reused of the prompt.
+
+        With `visible_within_s` it waits until the KV is in the store, and reuse does not matter.
+        """
         from vllm import SamplingParams
 
         begin = time.perf_counter()
         parameters = SamplingParams(temperature=0, max_tokens=max_tokens)
         output = self._llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)[0]
         duration_s = time.perf_counter() - begin
-        if visible_within_s is not None and self._listener is not None:
+        reused = None
+        if visible_within_s is not None:
             self._listener.wait(visible_within_s)
+        else:
+            reused = self._listener.reused(output.request_id)
         answer = output.outputs[0]
         return {
             "text": answer.text,
             "token_ids": list(answer.token_ids),
+            "reused_tokens": reused,
             "cached_tokens": output.num_cached_tokens or 0,
             "ttft_s": getattr(output.metrics, "first_token_latency", None) or duration_s,
             "duration_s": duration_s,
@@ -146,8 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         pipe.write(json.dumps(message) + "\n")
         pipe.flush()
 
-    name = os.environ.get(SOCKET_VARIABLE, "")
-    listener = VisibilityListener(name) if name else None
+    listener = Listener(os.environ[SOCKET_VARIABLE])
     try:
         instance = Instance(make_llm(options.vllm_arguments), listener)
     except Exception as error:

@@ -34,6 +34,7 @@ from disagg_prefill_lmcache_v1.launch.kv_sharing import (
     server_command,
     settings_class,
 )
+from disagg_prefill_lmcache_v1.launch.load_size import load_warning
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import (
@@ -47,9 +48,11 @@ from disagg_prefill_lmcache_v1.launch.messages import (
 )
 from disagg_prefill_lmcache_v1.launch.plan import Plan
 from disagg_prefill_lmcache_v1.launch.ports import free_port, is_listening
+from disagg_prefill_lmcache_v1.launch.prepare import secret_of_run
 from disagg_prefill_lmcache_v1.launch.processes import living, lookup
 from disagg_prefill_lmcache_v1.launch.setup import build_model, set_up_python, set_up_redis
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor, Target
+from disagg_prefill_lmcache_v1.same_user import connect
 
 WARM_UP_TOKENS = 300  # more than one chunk, so that both kinds of transfer have happened once
 ENGINE_TITLE = "VLLM::"  # how vLLM calls its processes
@@ -149,22 +152,29 @@ class Sharing:
     def _start_kv_server(self) -> None:
         """Starts the KV server, or looks for the given one; settles the KV port. Raises Failure."""
         backend = self.plan.backend
-        port = self.plan.settings.kv_port or free_port(backend.ports)
-        self.plan = self.plan.with_kv_port(port)
-        backend = self.plan.backend
+        port = self.plan.settings.kv_port
+        if backend.ports:
+            port = port or free_port(backend.ports)
+            self.plan = self.plan.with_kv_port(port)
+            backend = self.plan.backend
         if not backend.url and any(is_listening(port + index) for index in range(backend.ports)):
             raise UsageError(f"--kv-port {port} is in use: choose another one, or 0 for any free one")
         if backend.runs_server:
             command = server_command(self.plan)
             environment, log = command.full_environment(self.plan.environ), self.plan.run_dir / "kv_server.log"
             child = self.supervisor.start(command.name, command.words, environment, log)
-            self.supervisor.await_ready(float(self.plan.profile.get("KV_READY_TIMEOUT")), [Target(child, port)])
+            self.supervisor.await_ready(
+                float(self.plan.profile.get("KV_READY_TIMEOUT")), [Target(child, backend.address)]
+            )
             if backend.name == "redis":
                 checks.check_redis_answers(self.plan, self.supervisor)
         elif backend.url and backend.name != "redis":  # that one has been asked already
             try:
                 parts = urlsplit(backend.url)
-                socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
+                if backend.ports:
+                    socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5).close()
+                else:
+                    connect(parts.path, 5).close()
             except (OSError, ValueError) as error:
                 raise Failure(f"no KV server answers at {backend.url}: {error}") from error
         info(f"KV goes by {mask_passwords(backend.store_url)}")
@@ -259,10 +269,11 @@ def make_result(
     """The result as JSON; times in seconds. ``store_s`` runs until the KV is visible, computing included."""
     equal = stored["token_ids"] == retrieved["token_ids"]
     problems = [] if equal else ["the two texts differ"]
-    problems += [] if retrieved["cached_tokens"] else ["nothing was reused"]
+    problems += [] if retrieved["reused_tokens"] else ["nothing was reused"]
     return {
         "prompt_tokens": tokens,
-        "reused_tokens": retrieved["cached_tokens"],
+        "reused_tokens": retrieved["reused_tokens"],
+        "cached_tokens": retrieved["cached_tokens"],
         "store_text": stored["text"],
         "retrieve_text": retrieved["text"],
         "texts_equal": equal,
@@ -270,7 +281,7 @@ def make_result(
         "store_s": round(stored["visible_s"], 4),
         "retrieve_s": round(retrieved["ttft_s"], 4),
         "recompute_s": round(recomputed["ttft_s"], 4),
-        "recompute_reused_tokens": recomputed["cached_tokens"],
+        "recompute_reused_tokens": recomputed["reused_tokens"],
         "speed_up": round(recomputed["ttft_s"] / retrieved["ttft_s"], 2),
         "speed_up_to_store_ttft": round(stored["ttft_s"] / retrieved["ttft_s"], 2),
         "device": plan.settings.device,
@@ -281,13 +292,19 @@ def make_result(
     }
 
 
+def not_loaded(result: Answer) -> str:
+    """vLLM counts what was to be loaded as cached, whether it has arrived or not."""
+    lacking = result["cached_tokens"] - result["reused_tokens"]
+    return f" ({lacking:,} that vLLM counts as cached were not loaded)" if lacking > 0 else ""
+
+
 def show(result: Answer) -> None:
     """The result for a person, on standard output."""
     rows = [
         ("stored by the first", repr(result["store_text"])),
         ("retrieved by the second", repr(result["retrieve_text"])),
         ("texts equal", "yes" if result["texts_equal"] else "NO"),
-        ("tokens reused", f"{result['reused_tokens']:,} of {result['prompt_tokens']:,}"),
+        ("tokens reused", f"{result['reused_tokens']:,} of {result['prompt_tokens']:,}{not_loaded(result)}"),
         ("first: to the first token", f"{result['store_ttft_s']:.3f} s"),
         ("first: until stored", f"{result['store_s']:.3f} s"),
         ("second: to the first token", f"{result['retrieve_s']:.3f} s, KV retrieved"),
@@ -356,10 +373,12 @@ def run(cls: type[SharingSettings], argv: Sequence[str], environ: Mapping[str, s
         return
     with log_folder(settings.log_dir) as folder:
         plan = make_plan(configuration, environ, folder.absolute())
-        with Supervisor(grace_s=TERM_GRACE_S, describe=describe_death) as supervisor:
+        with secret_of_run(plan.backend), Supervisor(grace_s=TERM_GRACE_S, describe=describe_death) as supervisor:
             prepare(plan, supervisor)
             size, model = settings.tensor_parallel_size, plan.model.name
             info(f"{settings.device}, {settings.backend}, tensor parallel {size}, {model}")
+            if warning := load_warning(plan, 1, settings.prompt_len):
+                info(warning)
             result = Sharing(plan, supervisor).run()
         if settings.json:
             settings.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

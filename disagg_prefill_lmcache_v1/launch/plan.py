@@ -120,6 +120,7 @@ def make_plan(configuration: Configuration[Settings], environ: Mapping[str, str]
     """
     settings, profile = configuration.settings, configuration.profile
     url = check_store_url(configuration)
+    configuration.check_kv_port()
     model = choose_model(configuration, environ, settings.served_model_name)
     run_dir = Path(os.path.abspath(settings.run_dir or default_run_dir(environ)))
     try:
@@ -157,6 +158,10 @@ def check_store_url(configuration: Configuration[Settings]) -> str:
     if settings.backend == "redis":
         if not re.fullmatch(rf"({'|'.join(kind.schemes)})://[^\s/]+(/\S*)?", url):
             raise UsageError(f"{source}: allowed: {schemes}, as in redis://:password@host:6379/0")
+        return url
+    if not kind.default_port:
+        if not re.fullmatch(rf"({'|'.join(kind.schemes)})://(/[^\s/]+)+", url):
+            raise UsageError(f"{source}: --backend {settings.backend} allows {schemes}/PATH of its server's socket")
         return url
     if not re.fullmatch(rf"({'|'.join(kind.schemes)})://([A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{{1,5}}", url):
         raise UsageError(f"{source}: --backend {settings.backend} allows {schemes}HOST:PORT")
@@ -199,7 +204,7 @@ def ports_of(settings: Settings, backend: Backend) -> dict[str, range]:
 
 def check_ports(settings: Settings, backend: Backend) -> None:
     """Raises UsageError where two servers would take the same port."""
-    ports = ports_of(settings, backend)
+    ports = {name: row for name, row in ports_of(settings, backend).items() if row}
     names = list(ports)
     for index, name in enumerate(names):
         row = ports[name]

@@ -1,4 +1,4 @@
-"""TCP ports of this machine: which are taken, by whom, and whether a server answers."""
+"""TCP ports and Unix sockets of this machine: which are taken, by whom, and whether a server answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.messages import Failure, Progress, info
+from disagg_prefill_lmcache_v1.same_user import connect, peer
 
 HOST = "127.0.0.1"
 LISTEN = "0A"  # the state in /proc/net/tcp
@@ -78,6 +79,31 @@ def tcp_answers(port: int, timeout_s: float = 2.0, host: str = HOST) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
         return True
     return False
+
+
+def answers(address: int | str, host: str = HOST) -> bool:
+    """Whether somebody listens on a port, or on the Unix socket with this path."""
+    return socket_answers(address) if isinstance(address, str) else tcp_answers(address, host=host)
+
+
+def address_text(address: int | str) -> str:
+    """For messages."""
+    return f"socket {address}" if isinstance(address, str) else f"port {address}"
+
+
+def socket_answers(path: str, timeout_s: float = 2.0) -> bool:
+    """Whether a server of this user has the Unix socket, in one quick try."""
+    with contextlib.suppress(OSError):
+        connect(path, timeout_s).close()
+        return True
+    return False
+
+
+def socket_is_ours(path: str, pids: Iterable[int]) -> bool:
+    """Whether one of these processes listens on the Unix socket; True where that cannot be seen."""
+    with contextlib.suppress(OSError), connect(path, 2.0) as connected:
+        return peer(connected)[0] in pids
+    return True
 
 
 def http_answers(port: int, path: str, timeout_s: float = 2.0, key: str = "", host: str = HOST) -> bool:

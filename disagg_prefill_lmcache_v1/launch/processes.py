@@ -124,17 +124,18 @@ class Machine:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
-    def answers(self, port: int, path: str, host: str = ports.HOST) -> bool:
+    def answers(self, port: int | str, path: str, host: str = ports.HOST) -> bool:
         """Whether a server answers (with 200 to a GET of ``path``, or at all where that is empty)."""
-        if not path:
-            return ports.tcp_answers(port, host=host)
+        if isinstance(port, str) or not path:
+            return ports.answers(port, host)
         # Only the proxy has this path, behind its key if there is one.
         key = os.environ.get("DISAGG_PROXY_API_KEY", "") if path == "/ready" else ""
         return ports.http_answers(port, path, key=key, host=host)
 
-    def is_ours(self, port: int, pid: int, host: str = ports.HOST) -> bool:
+    def is_ours(self, port: int | str, pid: int, host: str = ports.HOST) -> bool:
         """Whether the port's server is this child or another process of the stack."""
-        return ports.port_is_ours(port, [pid, *(row.pid for row in self.members({pid}))], host)
+        pids = [pid, *(row.pid for row in self.members({pid}))]
+        return ports.socket_is_ours(port, pids) if isinstance(port, str) else ports.port_is_ours(port, pids, host)
 
     @contextlib.contextmanager
     def guard(self, end: Callable[[set[int]], None]) -> Iterator[Callable[[int], None]]:

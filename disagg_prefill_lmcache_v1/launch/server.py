@@ -12,8 +12,8 @@ from disagg_prefill_lmcache_v1.launch.commands import build_command
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, mask_passwords
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan
-from disagg_prefill_lmcache_v1.launch.ports import tcp_answers
-from disagg_prefill_lmcache_v1.launch.prepare import prepare, settle
+from disagg_prefill_lmcache_v1.launch.ports import answers
+from disagg_prefill_lmcache_v1.launch.prepare import make_secret, prepare, settle
 from disagg_prefill_lmcache_v1.launch.settings import Settings, read_configuration
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
 
@@ -47,6 +47,8 @@ def run(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> None:
         return
     if not plan.settings.prepared:
         plan = prepare_server(plan, role)
+    if role != "proxy":
+        make_secret(plan.backend, anew=role == "kv-server")
     command = build_command(plan, role)
     words = with_masked_output(plan.backend.url, command.words)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored is inherited
@@ -78,4 +80,6 @@ def store_answers(backend: Backend) -> bool:
     if backend.url and backend.name == "redis":
         return True
     parts = urlsplit(backend.store_url)
-    return tcp_answers(parts.port or 0, host=parts.hostname or "")
+    if not backend.ports:
+        return answers(parts.path)
+    return answers(parts.port or 0, parts.hostname or "")

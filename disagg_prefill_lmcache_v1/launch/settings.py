@@ -46,7 +46,7 @@ class EngineSettings(DeviceSetting):
     )
     kv_port: int | None = setting(
         None, "port of the KV server started here; nixl: of the decoder, one more for each further rank", **PORT,
-        shown=", ".join(f"{name} {kind.default_port}" for name, kind in BACKENDS.items()),
+        shown=", ".join(f"{name} {kind.default_port}" for name, kind in BACKENDS.items() if kind.default_port),
     )  # fmt: skip
     kv_load: str = setting(
         "auto", "load KV from the store: auto where it is faster than computing it again",
@@ -144,6 +144,15 @@ class Configuration(Generic[S]):
     def given(self, name: str) -> bool:
         """Whether flag or environment set a value."""
         return self.sources.get(name, "").startswith(("--", PREFIX))
+
+    def check_kv_port(self) -> None:
+        """Raises UsageError where a port was given for a backend that has none."""
+        backend = self.settings.backend
+        if not BACKENDS[backend].default_port and self.given("kv_port"):
+            raise UsageError(
+                f"{self.source('kv_port')}: --backend {backend} has no port: its server listens on a socket"
+                " in the run directory"
+            )
 
 
 def read_configuration(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from disagg_prefill_lmcache_v1.launch.messages import CONSOLE, Failure, Interrupted, Progress, info
-from disagg_prefill_lmcache_v1.launch.ports import HOST
+from disagg_prefill_lmcache_v1.launch.ports import HOST, address_text
 from disagg_prefill_lmcache_v1.launch.processes import Machine
 
 TICK_S = 0.1
@@ -43,11 +43,12 @@ class Child:
 class Target:
     """A child that gets ready: its port answers, with 200 to a GET of ``path`` or (path empty) at all.
 
+    Instead of the port there may be the path of a Unix socket.
     ``problem`` finds in the child's log why it cannot start ("": nothing yet); some go on for minutes after that.
     """
 
     child: Child
-    port: int
+    port: int | str
     path: str = ""
     problem: Callable[[], str] | None = None
     host: str = HOST
@@ -188,11 +189,11 @@ class Supervisor:
         if not self.machine.answers(target.port, target.path, target.host):
             return False
         self.check()
-        name = target.child.name
+        name, where = target.child.name, address_text(target.port)
         if not self.machine.is_ours(target.port, target.child.pid, target.host):
-            raise Failure(f"port {target.port} is answered by another program, not by the {name} started here")
+            raise Failure(f"{where} is answered by another program, not by the {name} started here")
         path = f" ({target.path})" if target.path else ""
-        info(f"{name} is ready on port {target.port}{path} after {elapsed_s:.0f} s")
+        info(f"{name} is ready on {where}{path} after {elapsed_s:.0f} s")
         return True
 
     def await_end(self, child: Child, text: str = "") -> int:

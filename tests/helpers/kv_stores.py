@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +24,14 @@ from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.metadata import LMCacheMetadata
 
 from disagg_prefill_lmcache_v1.kv.stores import registry
+from disagg_prefill_lmcache_v1.launch.ports import socket_answers
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, write_secret
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
+SECRETS = tempfile.TemporaryDirectory(prefix="kv-secret-")
+if SECRET_VARIABLE not in os.environ:  # else this is the other side of NIXL
+    os.environ[SECRET_VARIABLE] = str(Path(SECRETS.name, "kv_secret"))
+    write_secret(Path(os.environ[SECRET_VARIABLE]))
 LM_SERVER = "disagg_prefill_lmcache_v1.kv.stores.lm_server"
 
 
@@ -58,9 +66,11 @@ def chunk(staging, tokens=CHUNK):
 class Server:
     """A real store on a port of its own, that can be killed and started again."""
 
-    def __init__(self, kind, size="64mb", module=None):
+    def __init__(self, kind, size="64mb", module=None, path=None):
         self.kind, self.port, self.size, self.module = kind, free_ports(1)[0], size, module
-        self.url = f"{kind}://127.0.0.1:{self.port}"
+        self.folder = tempfile.TemporaryDirectory(prefix="kv-store-")
+        self.socket = str(path or Path(self.folder.name, "kv_store.sock"))
+        self.url = f"shm://{self.socket}" if kind == "shm" else f"{kind}://127.0.0.1:{self.port}"
         self.start()
 
     def start(self):
@@ -70,9 +80,10 @@ class Server:
             command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
         elif self.kind == "shm":
             command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"]
-            command += ["127.0.0.1", str(self.port), "--size", self.size]
+            command += [self.socket, "--size", self.size]
         else:
-            command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
+            command = ["redis-server", os.environ[SECRET_VARIABLE]]  # with a password, as the launcher starts it
+            command += ["--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "KV_LM_SIZE": self.size},
@@ -81,8 +92,19 @@ class Server:
 
     def answers(self):
         assert self.process.poll() is None
+        if self.kind == "shm":
+            return socket_answers(self.socket)
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def freeze(self):
+        """Until SIGCONT. It has happened only when every thread stands still."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        wait_until(
+            lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()),
+            "all threads stand still",
+        )
 
     def stop(self):
         self.process.send_signal(signal.SIGCONT)

@@ -103,7 +103,8 @@ class Launch:
 
     def arguments(self, *arguments: str, device: str = "cpu") -> list[str]:
         """Flags of a run that collides with nothing."""
-        ports = [f"--{role}-port={port}" for role, port in self.ports.items()]
+        roles = [role for role in ROLES if not (role == "kv" and "--backend=shm" in arguments)]  # that has none
+        ports = [f"--{role}-port={self.ports[role]}" for role in roles]
         return [f"--device={device}", f"--model={self.model}", f"--run-dir={self.run_dir}", *ports, *arguments]
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -154,6 +155,14 @@ class Launch:
                     yield int(entry.parent.name)
             except OSError:
                 continue
+
+    def command_lines(self) -> list[bytes]:
+        """Those of all processes: Redis writes its title over its environment, so it has no mark."""
+        lines = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                lines.append(entry.read_bytes())
+        return lines
 
     def kill_leftovers(self) -> None:
         for pid in self._marked():

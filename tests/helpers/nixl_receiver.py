@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from kv_stores import Staging  # noqa: E402
 
 from disagg_prefill_lmcache_v1.kv.stores.nixl import NixlReceiver  # noqa: E402
-from disagg_prefill_lmcache_v1.kv.stores.shm_memory import parse_size  # noqa: E402
+from disagg_prefill_lmcache_v1.memory import parse_size  # noqa: E402
 
 if __name__ == "__main__":
     loop = asyncio.new_event_loop()

@@ -159,8 +159,8 @@ class Stack:
         self.command = [
             "bash", str(PACKAGE / script), "--device=cpu", f"--run-dir={folder}", f"--model={model}",
             f"--served-model-name={MODEL}", f"--max-model-len={MAX_MODEL_LEN}", f"--proxy-port={self.proxy}",
-            f"--prefiller-port={self.prefiller}", f"--decoder-port={self.decoder}", f"--kv-port={self.kv}",
-            "--kv-load=always", *flags,
+            f"--prefiller-port={self.prefiller}", f"--decoder-port={self.decoder}",
+            *([] if "--backend=shm" in flags else [f"--kv-port={self.kv}"]), "--kv-load=always", *flags,
         ]  # fmt: skip
 
     def run(self, **environment: str) -> int:

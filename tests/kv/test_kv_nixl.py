@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 import uuid
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from launch_harness import free_ports, wait_until
@@ -21,9 +23,12 @@ pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
 from kv_stores import Staging, key
 
-from disagg_prefill_lmcache_v1.kv.stores import base, nixl_agent
+from disagg_prefill_lmcache_v1.kv.stores import base, nixl_agent, shm_memory
 from disagg_prefill_lmcache_v1.kv.stores import nixl as kv_nixl
 from disagg_prefill_lmcache_v1.kv.stores.nixl import NixlReceiver, NixlSender
+from disagg_prefill_lmcache_v1.kv.stores.proof import challenge, proof, run_secret
+from disagg_prefill_lmcache_v1.kv.stores.shm_server import frame_of
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, write_secret
 
 MIB = 1 << 20
 SHAPE = torch.Size((2, 3, 32, 32))  # a whole chunk of Staging's model: 24 KiB, six pages
@@ -173,15 +178,117 @@ def test_another_server_on_the_port_is_told(module_loop, receiver, port):
         NixlReceiver("127.0.0.1", port, module_loop, Staging(), MIB)
 
 
-def test_a_shared_memory_store_is_no_decode_server(module_loop):
-    from kv_stores import Server
+@contextlib.contextmanager
+def impostor(greeting, answer=None):
+    """A server that is no decode server of ours."""
 
-    server = Server("shm")
-    try:
-        with pytest.raises(base.StoreUnavailable, match="no decode server of this version"):
-            NixlSender("127.0.0.1", server.port, module_loop, Staging())
-    finally:
-        server.stop()
+    def serve():
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                link = listening.accept()[0]
+                with link, contextlib.suppress(OSError):  # who only looks whether somebody listens is gone
+                    link.sendall(frame_of((True, greeting)))
+                    if link.recv(4096) and answer is not None:
+                        link.sendall(frame_of((True, answer)))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+
+
+OURS = {"version": shm_memory.VERSION, "challenge": b"c" * 32}
+
+
+@pytest.mark.parametrize(
+    ("greeting", "answer", "said"),
+    [
+        ({"version": 1, "segment": "s"}, None, "no decode server of this version"),
+        ("hello", None, "no decode server of this version"),
+        (OURS, {"agent": b"a", "address": 0, "proof": b"p" * 32}, "does not prove to know the secret"),
+        (OURS, {"agent": b"a", "address": 0, "proof": None}, "does not prove to know the secret"),
+    ],
+)
+def test_nothing_is_sent_to_another_server(module_loop, greeting, answer, said):
+    with impostor(greeting, answer) as port, pytest.raises(base.StoreUnavailable, match=said):
+        NixlSender("127.0.0.1", port, module_loop, Staging())
+
+
+def test_a_sender_with_another_secret_is_told_and_not_let_in(module_loop, receiver, port, monkeypatch, tmp_path):
+    write_secret(tmp_path / "other")
+    monkeypatch.setenv(SECRET_VARIABLE, str(tmp_path / "other"))
+    with pytest.raises(base.StoreUnavailable, match=f"has another secret than the decode server: {SECRET_VARIABLE}"):
+        NixlSender("127.0.0.1", port, module_loop, Staging())
+    assert not receiver._server._senders
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        frame_of(["hello"]),
+        frame_of(["reserve", [["k", 4096, None]]]),
+        frame_of(["stats"]) + frame_of(["remove", ["k"]]),
+        frame_of(["prove", b"c" * 32, b"p" * 32]),
+        frame_of(["prove", "c", None]) * 2,
+        frame_of(["prove", b"x" * 2000, b""]),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+    ],
+)
+def test_who_proves_nothing_learns_no_address_and_changes_nothing(sender, receiver, port, sent, monkeypatch):
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.3)
+    name = key(uuid.uuid4())
+    send(sender, name)
+    before = receiver.stats()
+    with socket.create_connection(("127.0.0.1", port), 10) as stranger:
+        stranger.sendall(sent)
+        told = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := stranger.recv(4096):  # until it is hung up
+                told += part
+    assert b"address" not in told
+    assert b"agent" not in told
+    assert receiver.stats() == before
+    assert receiver.count_present([name]) == 1
+
+
+def test_a_proof_holds_once(receiver, port):
+    """What somebody has overheard does not open another connection."""
+    secret, mine = run_secret(), challenge()
+
+    def talk(sent):
+        with socket.create_connection(("127.0.0.1", port), 10) as link:
+            greeting = msgspec.msgpack.decode(link.recv(4096)[4:])[1]
+            sent = sent or frame_of(["prove", mine, proof(secret, "sender", greeting["challenge"], mine)])
+            link.sendall(sent)
+            done, answer = msgspec.msgpack.decode(link.recv(1 << 20)[4:])
+            return done, answer, sent
+
+    done, answer, overheard = talk(None)
+    assert done
+    assert answer["address"]
+    assert talk(overheard)[0] is False
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, None])
+def test_a_secret_that_is_none_is_told(module_loop, monkeypatch, tmp_path, mode):
+    monkeypatch.setenv(SECRET_VARIABLE, str(tmp_path / "secret"))
+    said = "No such file"
+    if mode is not None:
+        write_secret(tmp_path / "secret")
+        assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "secret").chmod(mode)
+        said = "not readable by others"
+    for side in (
+        lambda: NixlSender("127.0.0.1", 1, module_loop, Staging()),
+        lambda: NixlReceiver("127.0.0.1", 1, module_loop, Staging(), MIB),
+    ):
+        with pytest.raises(ValueError, match=f"{SECRET_VARIABLE} .*{said}"):
+            side()
+    monkeypatch.delenv(SECRET_VARIABLE)
+    with pytest.raises(ValueError, match="is not set"):
+        NixlSender("127.0.0.1", 1, module_loop, Staging())
+    monkeypatch.setenv("DISAGG_KV_SECRET", "a word")
+    assert run_secret() == b"a word"
 
 
 def test_without_nixl_the_error_says_what_to_do(monkeypatch):

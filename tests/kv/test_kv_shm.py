@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
+from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from launch_harness import PACKAGE, REPOSITORY, wait_until
@@ -31,10 +33,13 @@ from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 from lmcache.v1.storage_backend.storage_manager import StorageManager
 
-from disagg_prefill_lmcache_v1.kv.stores import base, registry, shm_index, shm_memory, shm_server
+from disagg_prefill_lmcache_v1 import memory, same_user
+from disagg_prefill_lmcache_v1.kv.stores import base, registry, shm_index
 from disagg_prefill_lmcache_v1.kv.stores import shm as kv_shm
 from disagg_prefill_lmcache_v1.kv.stores.shm_index import BUSY, NO_ROOM, PRESENT, Index, Space
-from disagg_prefill_lmcache_v1.kv.stores.shm_memory import ALIGNMENT, parse_size
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import ALIGNMENT, Segment
+from disagg_prefill_lmcache_v1.kv.stores.shm_server import frame_of
+from disagg_prefill_lmcache_v1.memory import parse_size
 
 SHAPE = torch.Size((2, LAYERS, CHUNK, HEADS * HEAD_SIZE))
 CHUNK_BYTES = SHAPE.numel() * 4
@@ -176,21 +181,27 @@ def serve(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (("127.0.0.1", "0", "--size", "2gb"), 2, "port '0': allowed: a whole number from 1 to 65535"),
-        (("127.0.0.1", "9000", "--size", "2zb"), 2, "--size '2zb': allowed: a whole number and a unit"),
-        (("127.0.0.1", "9000", "--size", "900000gb"), 1, "MiB of memory are available"),
-        (("127.0.0.1", "BUSY", "--size", "1mb"), 1, "cannot listen on 127.0.0.1:BUSY: "),
-        (("127.0.0.1", "9000"), 2, "--size"),
+        (("FREE", "--size", "2zb"), 2, "--size '2zb': allowed: a whole number and a unit"),
+        (("FREE", "--size", "900000gb"), 1, "MiB of memory are available"),
+        (("BUSY", "--size", "1mb"), 1, "cannot listen on BUSY: Address already in use"),
+        (("FILE", "--size", "1mb"), 1, "cannot listen on FILE: Address already in use"),
+        (("FREE/no/such", "--size", "1mb"), 1, "cannot listen on FREE/no/such: No such file or directory"),
+        (("FREE",), 2, "--size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_settings_are_one_line(arguments, status, text):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        busy = str(taken.getsockname()[1])
-        done = serve(*(word.replace("BUSY", busy) for word in arguments))
+def test_bad_settings_are_one_line(arguments, status, text, tmp_path):
+    (tmp_path / "FILE").write_text("a person's")
+
+    def filled(word):
+        return re.sub("FREE|BUSY|FILE", lambda found: str(tmp_path / found[0]), word)
+
+    with same_user.listen(str(tmp_path / "BUSY")):
+        done = serve(*map(filled, arguments))
     assert done.returncode == status
-    assert text.replace("BUSY", busy) in done.stderr
+    assert filled(text) in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "FILE").read_text() == "a person's"
 
 
 def test_memory_that_a_control_group_does_not_give_is_not_taken(monkeypatch, tmp_path):
@@ -198,10 +209,10 @@ def test_memory_that_a_control_group_does_not_give_is_not_taken(monkeypatch, tmp
     (tmp_path / "memory.current").write_text("700000000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000000\n")
     names = ("memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(shm_memory, "_cgroups", lambda: iter([(tmp_path / "none", *names), (tmp_path, *names)]))
-    assert shm_memory.available_memory() == 400000000
+    monkeypatch.setattr(memory, "_cgroups", lambda: iter([(tmp_path / "none", *names), (tmp_path, *names)]))
+    assert memory.available_memory() == 400000000
     (tmp_path / "memory.max").write_text("max\n")
-    assert shm_memory.available_memory() > 400000000
+    assert memory.available_memory() > 400000000
 
 
 # server and clients
@@ -448,29 +459,136 @@ def test_a_late_answer_is_never_taken_for_another_one(client, server, monkeypatc
     assert client.connector.count_present(name) == 1, "on a new connection"
 
 
-@pytest.mark.parametrize("lie", [{"inode": 1}, {"pid": 1 << 22}, {"fd": 1 << 20}, {"size": 1 << 30}], ids=str)
-def test_memory_that_is_not_the_servers_is_not_mapped(loop, lie):
-    """A server on another machine, or in another container: its process number means nothing here."""
-    hello = msgspec.msgpack.encode((True, shm_memory.Segment(SIZE).describe() | lie))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+@pytest.mark.parametrize(
+    ("greeting", "with_memory", "said"),
+    [
+        ({"size": 1 << 30}, True, "its memory cannot be mapped"),
+        ({"version": 1}, True, "it is no KV store of this version"),
+        ({}, False, "has ended, or does not let this user in"),
+    ],
+)
+def test_memory_that_is_not_as_it_was_told_is_not_mapped(loop, tmp_path, greeting, with_memory, said):
+    segment = Segment(SIZE)
+    with same_user.listen(str(tmp_path / "s")) as listening:
 
         def answer():
-            link = listening.accept()[0]
-            link.recv(100)
-            link.sendall(shm_server.FRAME.pack(len(hello)) + hello)
+            with listening.accept()[0] as link:
+                descriptors = [segment.fd] if with_memory else []
+                socket.send_fds(link, [frame_of((True, segment.describe() | greeting))], descriptors)
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(base.StoreUnavailable, match="must run on this machine, as the same user"):
-            registry.connect(f"shm://127.0.0.1:{listening.getsockname()[1]}", loop, Staging())
+        with pytest.raises(base.StoreUnavailable, match=said):
+            registry.connect(f"shm://{tmp_path}/s", loop, Staging())
         thread.join()
+
+
+@pytest.fixture
+def public_folder():
+    """That other users may enter."""
+    with tempfile.TemporaryDirectory(prefix="kv-public-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+NOBODY = 65534
+
+
+def as_nobody(work):
+    """What a function returns, as text, in a process of another user."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(write_end, str(work()).encode())
+        except BaseException as error:
+            os.write(write_end, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as lines:
+        said = lines.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+def try_to_enter(path):
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(10)
+        stranger.connect(path)
+        try:
+            stranger.sendall(frame_of(["stats"]))
+            return socket.recv_fds(stranger, 1000, 1)[:2]
+        except (BrokenPipeError, ConnectionResetError):
+            return b"", []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, to be refused")
+def test_another_user_gets_neither_in_nor_any_memory(client, server):
+    path = Path(server.socket)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.parent.chmod(0o755)
+    assert "PermissionError" in as_nobody(lambda: try_to_enter(str(path)))
+    path.chmod(0o666)  # even then
+    assert as_nobody(lambda: try_to_enter(str(path))) == "(b'', [])"
+    assert store(client, some_keys(2)) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, to be refused")
+def test_no_kv_is_taken_from_another_users_server(loop, public_folder):
+    """In a directory that others may write to, somebody may be there first."""
+    path = str(public_folder / "s")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:  # whoever listens counts
+            os.setuid(NOBODY)
+            listening.listen()
+            os.write(write_end, b"x")
+            time.sleep(60)
+            os._exit(0)
+        try:
+            os.read(read_end, 1)
+            with pytest.raises(base.StoreUnavailable, match="another user listens there"):
+                registry.connect(f"shm://{path}", loop, Staging())
+            done = serve(path, "--size", "1mb")
+            assert "cannot listen" in done.stderr
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_socket_that_a_killed_server_left_gives_way_and_one_that_ends_leaves_none(server):
+    server.stop()
+    assert os.path.exists(server.socket)
+    server.start()
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    assert not os.path.exists(server.socket)
+    server.start()
+
+
+def test_a_socket_may_lie_deeper_than_the_kernel_takes_in_a_path(loop, tmp_path):
+    folder = tmp_path.joinpath(*["d" * 50] * 4)
+    folder.mkdir(parents=True)
+    server = Server("shm", size="1mb", path=folder / "kv store.sock")
+    client = Client(server, loop)
+    try:
+        assert store(client, some_keys(1)) == 1
+    finally:
+        client(client.connector.close())
+        server.stop()
 
 
 @pytest.mark.parametrize(
     "sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x03\0\0\0abc", b"\x02\0\0\0\x91\x05", b"\x01\0\0\0\xc0", b""]
 )
 def test_strangers_do_not_disturb(client, server, sent):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as stranger:
+    with same_user.connect(server.socket, 5) as stranger:
+        assert b"segment" in stranger.recv(1000)
         stranger.sendall(sent)
         if sent and not sent.startswith(b"GET"):
             assert b"not understood" in stranger.recv(1000)
@@ -493,10 +611,10 @@ def ask(*request):
     assert done, result
     return result
 
-link = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-hello = ask("hello")
-fd = os.open(f"/proc/{hello['pid']}/fd/{hello['fd']}", os.O_RDWR)
-memory = mmap.mmap(fd, hello["size"])
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+greeting, (fd,), _, _ = socket.recv_fds(link, 1000, 1)
+memory = mmap.mmap(fd, msgspec.msgpack.decode(greeting[4:])[1]["size"])
 names, size, shape = sys.argv[4].split(","), int(sys.argv[5]), [int(n) for n in sys.argv[6].split(",")]
 wanted = [[name, size, [shape, "float32", int(sys.argv[7])]] for name in names]
 if sys.argv[2] == "hold":
@@ -526,7 +644,7 @@ print("done", written, read, flush=True)
 
 def writer(server, mode, seconds, keys):
     """A process that speaks the protocol by itself, without any of our code."""
-    words = [str(server.port), mode, str(seconds), ",".join(each.to_string() for each in keys), str(CHUNK_BYTES)]
+    words = [server.socket, mode, str(seconds), ",".join(each.to_string() for each in keys), str(CHUNK_BYTES)]
     words += [",".join(map(str, SHAPE)), str(MemoryFormat.KV_2LTD.value)]
     return subprocess.Popen([sys.executable, "-c", WRITER, *words], stdout=subprocess.PIPE, text=True)
 
@@ -649,8 +767,9 @@ def autorelease():
 
 def test_an_address_that_is_missing_or_wrong_is_told(loop, monkeypatch):
     monkeypatch.delenv(kv_shm.URL_VARIABLE, raising=False)
-    with pytest.raises(ValueError, match=r"remote_storage_plugin\.shm\.url is '': allowed: shm://HOST:PORT"):
+    with pytest.raises(ValueError, match=r"remote_storage_plugin\.shm\.url is '': allowed: shm:///PATH"):
         registry.connect("plugin://shm", loop, Staging())
-    monkeypatch.setenv(kv_shm.URL_VARIABLE, "shm://127.0.0.1")
-    with pytest.raises(ValueError, match="allowed: shm://HOST:PORT"):
-        registry.connect("plugin://shm", loop, Staging())
+    for url in ("shm://127.0.0.1:8400", "shm://", "shm:///run/", "lm://127.0.0.1:1"):
+        monkeypatch.setenv(kv_shm.URL_VARIABLE, url)
+        with pytest.raises(ValueError, match="allowed: shm:///PATH"):
+            registry.connect("plugin://shm", loop, Staging())

@@ -67,7 +67,7 @@ def test_they_differ_in_the_address_only():
         assert contents[name].pop("remote_storage_plugins") == [backend]
         extra = contents[name]["extra_config"]
         plugin = {key.rpartition(".")[2]: extra.pop(key) for key in list(extra) if is_plugin_key(key)}
-        assert plugin["url"].startswith(f"{backend}://127.0.0.1:")
+        assert plugin["url"].startswith({"shm": "shm:///", "nixl": "nixl://127.0.0.1:"}[backend])
         assert (plugin["module_path"], plugin["class_name"]) in (
             ("disagg_prefill_lmcache_v1.kv.stores.shm", "ShmConnectorAdapter"),
             ("disagg_prefill_lmcache_v1.kv.stores.nixl", "NixlConnectorAdapter"),

@@ -259,6 +259,27 @@ def test_the_store_is_reached_by_servers_alone() -> None:
         assert objects["Service", name]["spec"]["clusterIP"] == "None"
 
 
+def test_a_secret_of_the_store_is_there_before_its_servers() -> None:
+    """systemd makes the file that the launcher would have made; in pods and containers it comes from their secrets."""
+    for backend, with_secret in (("redis", {"kv-server", "prefiller", "decoder"}), ("nixl", {"prefiller", "decoder"})):
+        units = exported("systemd", "--device", "cuda", "--backend", backend)
+        made = '"disagg_prefill_lmcache_v1.same_user" "/run/disagg-prefill/kv_secret"'
+        makes = {name for name, text in units.items() if made in text}
+        assert makes == {f"disagg-prefill-{name}.service" for name in with_secret}
+    pods = objects_of("cuda", "nixl")
+    for name in ("prefiller", "decoder"):
+        (container,) = pods["Deployment", name]["spec"]["template"]["spec"]["containers"]
+        secret = container["env"][[each["name"] for each in container["env"]].index("DISAGG_KV_SECRET")]
+        assert secret["valueFrom"]["secretKeyRef"] == {"name": "disagg-prefill", "key": "kv-secret"}
+        assert "DISAGG_KV_SECRET_FILE" not in {each["name"] for each in container["env"]}
+    services = yaml.safe_load(exported("compose", "--device", "cuda", "--backend", "nixl")["compose.yaml"])["services"]
+    for name in ("prefiller", "decoder"):
+        assert services[name]["environment"]["DISAGG_KV_SECRET"].startswith("${DISAGG_KV_SECRET:?")
+    for text in (exported("compose", "--device", "cuda", "--backend", "redis")["compose.yaml"],
+                 *exported("kubernetes", "--device", "cuda", "--backend", "redis").values()):  # fmt: skip
+        assert "kv_secret" not in text
+
+
 def test_every_flag_path_and_module_that_is_named_exists() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -88,6 +88,19 @@ def test_one_stores_and_the_other_retrieves(model: Path, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"kv_server.log", "store.log", "retrieve.log"}
 
 
+def test_reused_is_what_was_loaded_not_what_vllm_counts(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = run(model, "--json", str(out), MOCK_NOT_LOADED="retrieve:256")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["reused_tokens"], result["cached_tokens"]) == (699 - 256, 699)
+    assert "443 of 700 (256 that vLLM counts as cached were not loaded)" in done.stdout
+    done = run(model, "--json", str(out), MOCK_NOT_LOADED="retrieve:699")
+    assert done.returncode == 1
+    assert "nothing was reused" in done.stderr.splitlines()[-1]
+    assert json.loads(out.read_text())["problems"] == ["nothing was reused"]
+
+
 def test_a_fork_of_an_engine_may_end(model: Path) -> None:
     done = run(model, MOCK_FORK="retrieve", MOCK_STORE_DELAY="store:2.5")
     assert done.returncode == 0, done.stderr
@@ -261,6 +274,7 @@ def test_a_redis_that_does_not_answer_is_named_without_its_password(model: Path)
         (["--remote-url", "redis://h:1"], "--remote-url"),
         (["--tp_size", "0"], "--tp_size"),
         (["--kv-port", "70000"], "--kv-port"),
+        (["--backend", "shm", "--kv-port", "7777"], "--kv-port: --backend shm has no port"),
         (["--prompt-len", "9000"], "--prompt-len 9000"),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt-file"),
         (["--prompt-file", "/does/not/exist"], "/does/not/exist"),
@@ -337,7 +351,8 @@ def test_the_two_roles_differ_by_data(model: Path) -> None:
         assert variables["DISAGG_KV_LOAD"] == "always"
         assert variables["HF_HUB_OFFLINE"] == "1"
         assert "VLLM_KV_TRANSFER_CONFIG" not in variables
-        assert ("DISAGG_KV_VISIBILITY" in variables) is (role == "store")
+        assert variables["DISAGG_KV_VISIBILITY"].endswith(f"-{role}")
+        assert ("DISAGG_KV_WAIT_TIMEOUT" in variables) is (role == "store")
 
 
 @pytest.mark.parametrize(("script", "sets"), [(SCRIPT, ("0", "1")), (SCRIPT_TP2, ("0,1", "2,3"))])
@@ -363,17 +378,18 @@ def test_cuda_cards_and_a_shared_one() -> None:
 
 
 def test_shared_memory() -> None:
-    commands = dry_run("--device", "cpu", "--remote_server", "shm", "--kv-port", "7777")
+    commands = dry_run("--device", "cpu", "--remote_server", "shm", "--log-dir", "/no/such")
     server = commands["kv_server"]["words"]
-    assert server[-5:] == ["disagg_prefill_lmcache_v1.kv.stores.shm_server", "127.0.0.1", "7777", "--size", "2gb"]
+    socket = "/no/such/kv_store.sock"
+    assert server[-4:] == ["disagg_prefill_lmcache_v1.kv.stores.shm_server", socket, "--size", "2gb"]
     assert commands["kv_server"]["environment"]["PYTHONPATH"].split(":")[0] == str(REPOSITORY)
     for role in ("store", "retrieve"):
         environment = commands[role]["environment"]
-        assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:7777"
+        assert environment["DISAGG_SHM_URL"] == f"shm://{socket}"
         assert "LMCACHE_REMOTE_URL" not in environment
-    commands = dry_run("--device", "cpu", "--backend", "shm", DISAGG_REMOTE_URL="shm://127.0.0.1:1")
+    commands = dry_run("--device", "cpu", "--backend", "shm", DISAGG_REMOTE_URL="shm:///run/mine")
     assert "kv_server" not in commands
-    assert commands["store"]["environment"]["DISAGG_SHM_URL"] == "shm://127.0.0.1:1"
+    assert commands["store"]["environment"]["DISAGG_SHM_URL"] == "shm:///run/mine"
 
 
 def test_peer_to_peer() -> None:

@@ -202,7 +202,10 @@ def test_no_unix_socket_for_a_redis_elsewhere_or_under_a_long_path(launch: Launc
 def test_redis_is_started_without_persistence(launch: Launch) -> None:
     commands = dry_run(launch, "--device", "cpu", "--backend", "redis")
     words = commands["kv-server"][1]
-    assert words[:7] == ["redis-server", "--bind", "127.0.0.1", "--port", "8379", "--save", ""]
+    secret = commands["prefiller"][0]["DISAGG_KV_SECRET_FILE"]
+    assert words[:8] == ["redis-server", secret, "--bind", "127.0.0.1", "--port", "8379", "--save", ""]
+    assert commands["decoder"][0]["DISAGG_KV_SECRET_FILE"] == secret
+    assert not Path(secret).exists()
     assert option(words, "--appendonly") == "no"
     assert option(words, "--maxmemory") == "2gb"
     assert option(words, "--maxmemory-policy") == "allkeys-lru"
@@ -215,18 +218,30 @@ def test_redis_is_started_without_persistence(launch: Launch) -> None:
 @pytest.mark.parametrize(("device", "size"), [("cpu", "2gb"), ("hpu", "16gb"), ("cuda", "16gb")])
 def test_shared_memory_is_sized_by_the_device(launch: Launch, device: str, size: str) -> None:
     python = launch.environment["DISAGG_PYTHON"]
-    server = [python, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server", "127.0.0.1"]
-    commands = dry_run(launch, "--device", device, "--backend", "shm", LMCACHE_REMOTE_URL="lm://somewhere:1")
-    assert commands["kv-server"][1] == [*server, "8400", "--size", size]
+    server = [python, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server", f"{launch.run_dir}/kv_store.sock"]
+    flags = ("--device", device, "--backend", "shm", "--run-dir", str(launch.run_dir))
+    commands = dry_run(launch, *flags, LMCACHE_REMOTE_URL="lm://somewhere:1")
+    assert commands["kv-server"][1] == [*server, "--size", size]
     for role in ("prefiller", "decoder"):
         environment = commands[role][0]
-        assert environment["DISAGG_SHM_URL"] == "shm://127.0.0.1:8400"
+        assert environment["DISAGG_SHM_URL"] == f"shm://{launch.run_dir}/kv_store.sock"
         assert environment["LMCACHE_CONFIG_FILE"].endswith("lmcache-config-shm.yaml")
         assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
     assert option(commands["load"][1], "--backend") == "shm"
-    commands = dry_run(launch, "--device", device, "--backend=shm", "--kv-port=77", KV_SHM_SIZE="512MB")
-    assert commands["kv-server"][1] == [*server, "77", "--size", "512MB"]
-    assert commands["decoder"][0]["DISAGG_SHM_URL"] == "shm://127.0.0.1:77"
+    commands = dry_run(launch, *flags, KV_SHM_SIZE="512MB")
+    assert commands["kv-server"][1] == [*server, "--size", "512MB"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "name"),
+    [(["--kv-port=77"], {}, "--kv-port"), ([], {"DISAGG_KV_PORT": "77"}, "DISAGG_KV_PORT")],
+)
+def test_shared_memory_has_no_port(launch: Launch, flags: list[str], environment: dict[str, str], name: str) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=shm", *flags, **environment)
+    assert done.returncode == 2
+    assert f"{name}: --backend shm has no port" in done.stderr
+    ports = ("--proxy-port=8400", "--prefiller-port=8401", "--decoder-port=8402")
+    dry_run(launch, "--device=cpu", "--backend=shm", *ports)
 
 
 @pytest.mark.parametrize(("device", "size"), [("cpu", "1gb"), ("hpu", "16gb"), ("cuda", "16gb")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, STANDINS, TIMEOUT_S, Launch, option, wait_until
 
 from disagg_prefill_lmcache_v1.launch.profiles import load_profile
+from disagg_prefill_lmcache_v1.same_user import read_secret
 
 GONE_WITHIN_S = 15.0
 
@@ -317,6 +319,43 @@ def test_redis_backend(launch: Launch, flags: tuple[str, ...]) -> None:
     record = launch.record(record_name(launch, "prefiller"))
     assert record["env"]["LMCACHE_REMOTE_URL"] == url
     assert launch.has_record(f"redis-{launch.ports['kv']}") == (not flags)
+    assert not (launch.run_dir / "kv_secret").exists()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+def test_the_password_of_the_redis_that_is_started_is_in_no_argument_list_and_no_log(launch: Launch) -> None:
+    """With the real server: who does not have it is refused, and it goes with the run."""
+    real = shutil.which("redis-server")  # the stand-ins' folder comes first in the path that the launcher gets
+    process = launch.start(EXAMPLE, *launch.arguments("--backend=redis", "--serve"), REDIS_SERVER_PROGRAM=str(real))
+    secret_file, seen, secret = launch.run_dir / "kv_secret", set[bytes](), "?"
+    try:
+
+        def serves() -> bool:
+            seen.update(launch.command_lines())
+            assert process.poll() is None
+            return all(launch.has_record(record_name(launch, role)) for role in ("prefiller", "decoder", "proxy"))
+
+        wait_until(serves, "the stack runs")
+        assert secret_file.stat().st_mode & 0o777 == 0o600
+        secret = read_secret(str(secret_file))
+        assert launch.record(record_name(launch, "decoder"))["env"]["DISAGG_KV_SECRET_FILE"] == str(secret_file)
+        with socket.create_connection(("127.0.0.1", launch.ports["kv"]), 10) as stranger:
+            stranger.sendall(b"PING\r\n")
+            assert stranger.recv(100).startswith(b"-NOAUTH")
+            stranger.sendall(f"AUTH {secret}\r\n".encode())
+            assert stranger.recv(100).startswith(b"+OK")
+        seen.update(launch.command_lines())
+    finally:
+        process.send_signal(signal.SIGINT)
+        done = launch.finish(process)
+    assert any(b"redis-server" in line and str(launch.ports["kv"]).encode() in line for line in seen)
+    assert not [line for line in seen if secret.encode() in line]
+    for record in launch.records.glob("*.json"):
+        assert secret not in record.read_text(), "arguments and environment"
+    assert secret not in done.stdout + done.stderr
+    for path in launch.run_dir.rglob("*"):
+        assert path.is_dir() or secret not in path.read_text(errors="replace"), path
+    assert not secret_file.exists()
 
 
 @pytest.mark.parametrize(("size", "status"), [("8mb", 0), ("900000gb", 1)])
@@ -330,8 +369,10 @@ def test_shm_backend(launch: Launch, size: str, status: int) -> None:
         return
     for role in ("prefiller", "decoder"):
         environment = launch.record(record_name(launch, role))["env"]
-        assert environment["DISAGG_SHM_URL"] == f"shm://127.0.0.1:{launch.ports['kv']}"
+        assert environment["DISAGG_SHM_URL"] == f"shm://{launch.run_dir}/kv_store.sock"
         assert "LMCACHE_REMOTE_URL" not in environment
+    assert f"kv-server is ready on socket {launch.run_dir}/kv_store.sock" in done.stderr
+    assert not (launch.run_dir / "kv_store.sock").exists()
 
 
 @pytest.mark.parametrize(("size", "status"), [("64mb", 0), ("900000gb", 1)])

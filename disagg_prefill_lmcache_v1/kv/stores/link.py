@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 import struct
@@ -62,6 +63,18 @@ class Link:
         data = bytearray(length)
         self.read_into(memoryview(data))
         return bytes(data)
+
+    def read_with_descriptor(self, length: int) -> tuple[bytes, int]:
+        """The first bytes on a Unix socket, and the open file that came with them."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.socket, length, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+        if len(data) < length or not descriptors:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ConnectionResetError("the KV store has ended, or does not let this user in")
+        return data, descriptors[0]
 
     def read_line(self) -> bytes:
         """Up to CR LF, which is left out."""

@@ -26,7 +26,7 @@ from lmcache.v1.protocol import ClientMetaMessage
 from lmcache.v1.server.__main__ import LMCacheServer
 from lmcache.v1.server.storage_backend.local_backend import LMSLocalBackend
 
-from disagg_prefill_lmcache_v1.kv.stores.shm_memory import available_memory, parse_size
+from disagg_prefill_lmcache_v1.memory import available_memory, parse_size
 
 logger = init_logger(__name__)
 

@@ -7,6 +7,9 @@ of the memory is decided as in the store in shared memory: the messages, the ind
 receiver's own client are those of shm_server.py and shm.py. To LMCache both sides are a plugin
 (``remote_storage_plugins``).
 
+A receiver lets a sender in, and tells where its memory lies, only after both have proved to know the run's secret
+(proof.py). From then on the sender is trusted: UCX checks no bounds (SECURITY.md).
+
 LMCache has a NIXL backend of its own (``enable_pd``). It is not used, because there a sender waits for ever, in the
 engine's step, for a receiver that is gone or full; chunks of cancelled requests are never freed; a chunk can be found
 before it is written; and of a prompt that is prefilled in several steps nobody is told the end.
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from lmcache.logging import init_logger
 from lmcache.utils import CacheEngineKey
@@ -35,10 +39,13 @@ from disagg_prefill_lmcache_v1.kv.stores.base import StoreRefused, StoreUnavaila
 from disagg_prefill_lmcache_v1.kv.stores.client import StoreClient
 from disagg_prefill_lmcache_v1.kv.stores.link import Link, connect_tcp
 from disagg_prefill_lmcache_v1.kv.stores.nixl_agent import Agent
+from disagg_prefill_lmcache_v1.kv.stores.proof import challenge, is_proof, proof, run_secret
 from disagg_prefill_lmcache_v1.kv.stores.shm import ShmStoreConnector
 from disagg_prefill_lmcache_v1.kv.stores.shm_index import BUSY, NO_ROOM, Client
-from disagg_prefill_lmcache_v1.kv.stores.shm_memory import VERSION, Segment, available_memory, parse_size, populate
-from disagg_prefill_lmcache_v1.kv.stores.shm_server import Connection, Server, exchange
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import VERSION, Segment, populate
+from disagg_prefill_lmcache_v1.kv.stores.shm_server import FRAME, Connection, Server, exchange, frame_of, read_result
+from disagg_prefill_lmcache_v1.memory import available_memory, parse_size
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE
 
 logger = init_logger(__name__)
 
@@ -61,19 +68,27 @@ _PROGRESS_AFTER_S = 0.2
 class _ReceivingServer(Server):
     """Knows which of its clients are senders, and whether one of them may be sending."""
 
-    def __init__(self, size: int, hello: dict[str, Any]) -> None:
-        super().__init__(size, hello)
+    def __init__(self, segment: Segment, secret: bytes, for_senders: dict[str, Any]) -> None:
+        super().__init__(segment)
+        self.secret = secret
+        self.for_senders = {**self.hello, **for_senders}
         self._senders: set[Client] = set()
         self._asked_at = -1e9
         self.sending = threading.Event()
 
+    def let_in(self, client: Client) -> None:
+        """It is a sender of this run."""
+        self._senders.add(client)
+        self._expect()
+
+    def _expect(self) -> None:
+        self._asked_at = time.monotonic()
+        self.sending.set()
+
     def _run(self, client: Client, operation: str, keys: Any = None) -> Any:
-        if operation == "hello" and keys is not None:
-            self._senders.add(client)
         result = super()._run(client, operation, keys)
-        if client in self._senders and operation in ("hello", "reserve", "pin"):
-            self._asked_at = time.monotonic()
-            self.sending.set()
+        if client in self._senders and operation in ("reserve", "pin"):
+            self._expect()
         return result
 
     def drop(self, client: Client) -> None:
@@ -90,6 +105,43 @@ class _ReceivingServer(Server):
         return late or not any(client.reserved or client.pins for client in tuple(self._senders))
 
 
+class _SenderConnection(Connection):
+    """A sender, by TCP: its first frame must be the proof that it is one of this run."""
+
+    max_frame = 1024
+    _server: _ReceivingServer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._challenge = challenge()
+        self._transport.write(frame_of((True, {"version": VERSION, "challenge": self._challenge})))
+        self._deadline = asyncio.get_running_loop().call_later(base.IO_TIMEOUT_S, self._transport.abort)
+
+    def answer(self, frame: bytes) -> None:
+        if self.max_frame == Connection.max_frame:
+            super().answer(frame)
+            return
+        try:
+            operation, theirs, given = msgspec.msgpack.decode(frame)
+        except (msgspec.DecodeError, TypeError, ValueError):
+            operation, theirs, given = "", b"", b""
+        secret, challenges = self._server.secret, (self._challenge, theirs)
+        if operation != "prove" or not isinstance(theirs, bytes) or not is_proof(given, secret, "sender", *challenges):
+            cause = f"the prefill server has another secret than the decode server: {SECRET_VARIABLE}"
+            self._transport.write(frame_of((False, cause)))
+            self._transport.close()
+            return
+        self._deadline.cancel()
+        self.max_frame = Connection.max_frame
+        self._server.let_in(self._client)
+        ours = {**self._server.for_senders, "proof": proof(secret, "receiver", *challenges)}
+        self._transport.write(frame_of((True, ours)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+
 class NixlReceiver(ShmStoreConnector):
     """The decode server's side: memory for chunks, in this process, and its client.
 
@@ -99,12 +151,14 @@ class NixlReceiver(ShmStoreConnector):
 
     Raises:
         StoreUnavailable: no memory, the port is in use, or NIXL does not start.
+        ValueError: there is no secret.
     """
 
     def __init__(
         self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, size: int
     ) -> None:
         self._name = f"{SCHEME}{host}:{port}"
+        secret = run_secret()
         self._agent = Agent()
         try:
             self._own_segment = Segment(size)
@@ -115,13 +169,13 @@ class NixlReceiver(ShmStoreConnector):
         self._memory = torch.frombuffer(mapping, dtype=torch.uint8)
         address = self._memory.data_ptr()
         self._agent.register([(address, size)])
-        hello = {**self._own_segment.describe(), "agent": self._agent.metadata(), "address": address}
-        self._server = _ReceivingServer(size, hello)
+        for_senders = {"agent": self._agent.metadata(), "address": address}
+        self._server = _ReceivingServer(self._own_segment, secret, for_senders)
         self._server_loop = asyncio.new_event_loop()
         self._ended = threading.Event()
         try:
             listening = self._server_loop.run_until_complete(
-                self._server_loop.create_server(lambda: Connection(self._server), host, port)
+                self._server_loop.create_server(lambda: _SenderConnection(self._server), host, port)
             )
         except OSError as error:
             self._server_loop.close()
@@ -130,10 +184,14 @@ class NixlReceiver(ShmStoreConnector):
         for work in (self._serve, self._progress):
             threading.Thread(target=work, name=f"kv-nixl{work.__name__}", daemon=True).start()
         logger.info("KV is received at %s, %d MiB", self._name, size >> 20)
-        super().__init__(host, port, loop, local_cpu_backend)
+        super().__init__(self._name, self._dial_here, loop, local_cpu_backend)
 
-    def _text(self, cause: str) -> str:
-        return f"KV store {self._name}: {cause}"
+    def _dial_here(self) -> socket.socket:
+        """A connection within this process."""
+        ours, theirs = socket.socketpair()
+        adopt = self._server_loop.connect_accepted_socket(lambda: Connection(self._server), theirs)
+        asyncio.run_coroutine_threadsafe(adopt, self._server_loop)
+        return ours
 
     def _serve(self) -> None:
         self._server_loop.run_forever()
@@ -193,7 +251,8 @@ class NixlSender(StoreClient):
         start_s: how long to wait for the receiver to listen.
 
     Raises:
-        StoreUnavailable: it does not, or NIXL does not start.
+        StoreUnavailable: it does not, it has another secret, or NIXL does not start.
+        ValueError: there is no secret.
     """
 
     def __init__(
@@ -205,6 +264,7 @@ class NixlSender(StoreClient):
         start_s: float = PEER_START_S,
     ) -> None:
         self._address = (host, port)
+        self._secret = run_secret()
         self._agent = Agent()
         self._await_receiver(start_s)
         super().__init__(f"{SCHEME}{host}:{port}", loop, local_cpu_backend)
@@ -230,16 +290,19 @@ class NixlSender(StoreClient):
     def connect(self) -> _PeerLink:
         link = _PeerLink(connect_tcp(self._address))
         try:
-            hello = link.ask("hello", self._agent.name)
-            if not isinstance(hello, dict) or hello.get("version") != VERSION or "agent" not in hello:
+            greeting = read_result(link.read, link.read(FRAME.size))
+            if not isinstance(greeting, dict) or greeting.get("version") != VERSION or "challenge" not in greeting:
                 raise ConnectionError("it is no decode server of this version")
+            challenges = greeting["challenge"], challenge()
+            hello = link.ask("prove", challenges[1], proof(self._secret, "sender", *challenges))
+            if not is_proof(hello["proof"], self._secret, "receiver", *challenges):
+                raise ConnectionError(f"it does not prove to know the secret of this run: {SECRET_VARIABLE}")
             link.agent, link.address = self._agent.meet(hello["agent"]), hello["address"]
         except BaseException as error:
             link.close()
-            if isinstance(error, OSError | ValueError):
-                raise
-            if isinstance(error, Exception):
-                raise ConnectionError(f"NIXL: {error}") from error
+            if isinstance(error, Exception) and not isinstance(error, OSError):
+                name = "" if isinstance(error, ValueError) else "NIXL: "
+                raise ConnectionError(f"{name}{error}") from error
             raise
         return link
 

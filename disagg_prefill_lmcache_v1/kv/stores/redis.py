@@ -22,6 +22,7 @@ from disagg_prefill_lmcache_v1.kv.stores import base
 from disagg_prefill_lmcache_v1.kv.stores.base import StoreRefused, StoreUnavailable, bytes_of, fits
 from disagg_prefill_lmcache_v1.kv.stores.client import CONNECTIONS, LOOKUPS_AT_ONCE, StoreClient
 from disagg_prefill_lmcache_v1.kv.stores.link import Link
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, read_secret
 
 logger = init_logger(__name__)
 
@@ -38,14 +39,16 @@ class RedisStoreConnector(StoreClient):
     each of them twice, in one thread.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
+        url: ``redis://``, ``rediss://`` or ``unix://``; without a password the one in the file SECRET_VARIABLE counts.
     """
 
     def __init__(
         self, url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any, links: int = CONNECTIONS
     ) -> None:
         path = os.environ.get(SOCKET_VARIABLE, "")
-        settings = {"protocol": 2, "socket_timeout": base.IO_TIMEOUT_S}
+        settings: dict[str, Any] = {"protocol": 2, "socket_timeout": base.IO_TIMEOUT_S}
+        if secret := os.environ.get(SECRET_VARIABLE):
+            settings["password"] = read_secret(secret)  # one in the URL wins
         if path and os.path.exists(path) and url.startswith("redis://"):
             self._pool = redis.ConnectionPool(connection_class=redis.UnixDomainSocketConnection, path=path, **settings)
         else:

@@ -1,4 +1,4 @@
-"""Client of the KV store in shared memory (shm_server.py): ``shm://HOST:PORT``, for servers on one machine.
+"""Client of the KV store in shared memory (shm_server.py): ``shm:///PATH`` of its socket, for one machine and one user.
 
 A chunk is copied once on its way in and once on its way out, straight between the KV cache and memory that every client
 has mapped. Two ways lead there:
@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,10 +38,12 @@ from disagg_prefill_lmcache_v1.kv.stores import base
 from disagg_prefill_lmcache_v1.kv.stores.base import Fetch, StoreUnavailable, bytes_of, fits
 from disagg_prefill_lmcache_v1.kv.stores.lmcache_interface import LMCacheInterface
 from disagg_prefill_lmcache_v1.kv.stores.shm_index import BUSY, PRESENT
-from disagg_prefill_lmcache_v1.kv.stores.shm_session import SCHEME, Session, Sessions
+from disagg_prefill_lmcache_v1.kv.stores.shm_session import Session, Sessions
+from disagg_prefill_lmcache_v1.same_user import connect as connect_to
 
 logger = init_logger(__name__)
 
+SCHEME = "shm://"
 PLUGIN = "shm"  # in remote_storage_plugins
 # Where the store is, for LMCache's plugin seam: the variable wins over the key of extra_config.
 URL_VARIABLE = "DISAGG_SHM_URL"
@@ -88,19 +91,22 @@ class ShmStoreConnector(Sessions, LMCacheInterface):
     """Client of ``shm_server``; see the module's text.
 
     Args:
-        host, port: of the server.
+        name: of the store, for messages.
+        dial: makes a connection to its server.
         local_cpu_backend: gives staging memory for chunks that LMCache's own calls read; its config and metadata are
             used.
 
     Raises:
-        StoreUnavailable: no server answers at ``host:port``, or its memory cannot be mapped.
+        StoreUnavailable: no server answers, or its memory cannot be mapped.
     """
 
-    def __init__(self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
+    def __init__(
+        self, name: str, dial: Callable[[], socket.socket], loop: asyncio.AbstractEventLoop, local_cpu_backend: Any
+    ) -> None:
         LMCacheInterface.__init__(
             self, loop, local_cpu_backend, ThreadPoolExecutor(THREADS, thread_name_prefix="kv-store")
         )
-        Sessions.__init__(self, host, port)
+        Sessions.__init__(self, name, dial)
         self.links = THREADS
         # (key, address of the tensor) -> the session that it was reserved on
         self._staged: dict[tuple[str, int], Session] = {}
@@ -330,7 +336,7 @@ class ShmConnectorAdapter(ConnectorAdapter):
 
 
 def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> ShmStoreConnector:
-    """The client for ``shm://HOST:PORT``, or for ``plugin://shm``, whose address is in the configuration.
+    """The client for ``shm:///PATH``, or for ``plugin://shm``, whose address is in the configuration.
 
     Raises:
         StoreUnavailable: the store does not answer.
@@ -338,7 +344,7 @@ def connect(url: str, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -
     """
     if not url.startswith(SCHEME):
         url = os.environ.get(URL_VARIABLE) or local_cpu_backend.config.get_extra_config_value(URL_KEY, "")
-    host, _, port = url.removeprefix(SCHEME).rstrip("/").rpartition(":")
-    if not url.startswith(SCHEME) or not host or not port.isdecimal():
-        raise ValueError(f"{URL_VARIABLE} or {URL_KEY} is {url!r}: allowed: {SCHEME}HOST:PORT")
-    return ShmStoreConnector(host, int(port), loop, local_cpu_backend)
+    path = url.removeprefix(SCHEME)
+    if not url.startswith(SCHEME) or not path.startswith("/") or path.endswith("/"):
+        raise ValueError(f"{URL_VARIABLE} or {URL_KEY} is {url!r}: allowed: {SCHEME}/PATH of the server's socket")
+    return ShmStoreConnector(url, lambda: connect_to(path, base.CONNECT_TIMEOUT_S), loop, local_cpu_backend)

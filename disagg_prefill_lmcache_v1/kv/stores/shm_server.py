@@ -1,15 +1,17 @@
 """A KV store in shared memory, for servers on one machine: ``--backend shm``.
 
-    python -m disagg_prefill_lmcache_v1.kv.stores.shm_server HOST PORT --size 2gb
+    python -m disagg_prefill_lmcache_v1.kv.stores.shm_server SOCKET --size 2gb
 
 The store is one anonymous memory file. This process decides who may use which part of it; clients (shm.py) map the
 file and copy their bytes themselves, so no payload goes through a socket. The file has no name: when the server and its
 clients are gone, so is the memory, however they ended.
 
-Clients connect by TCP on the loopback interface and speak in frames: 4 bytes of length, little endian, then a
-MessagePack array. One request, one answer; every request but ``hello``, ``ping`` and ``stats`` is about many keys.
+Clients connect to a Unix socket that only the same user may open, and are greeted with the answer
+``[true, {version, segment, size}]`` and the file's descriptor.
 
-    ["hello"]                               -> {version, segment, pid, fd, device, inode, size}
+They speak in frames: 4 bytes of length, little endian, then a MessagePack array. One request, one answer; every request
+but ``ping`` and ``stats`` is about many keys.
+
     ["reserve", [[key, bytes, meta], ...]]  -> per key: an offset, or PRESENT, BUSY or NO_ROOM
     ["commit", [key, ...]]                  -> the keys that this client had not reserved
     ["abort", [key, ...]]                   -> nothing
@@ -31,9 +33,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import mmap
-import re
+import os
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -43,7 +47,9 @@ from typing import Any
 import msgspec
 
 from disagg_prefill_lmcache_v1.kv.stores.shm_index import Client, Index
-from disagg_prefill_lmcache_v1.kv.stores.shm_memory import Segment, available_memory, parse_size, populate
+from disagg_prefill_lmcache_v1.kv.stores.shm_memory import Segment, populate
+from disagg_prefill_lmcache_v1.memory import available_memory, parse_size
+from disagg_prefill_lmcache_v1.same_user import listen, peer
 
 FRAME = struct.Struct("<I")
 MAX_FRAME = 64 << 20  # bytes; a key takes about 150
@@ -55,9 +61,18 @@ def exchange(send: Callable[[bytes], Any], read: Callable[[int], bytes | bytearr
     Raises:
         ValueError: the server has refused it, or is none of this kind.
     """
-    data = msgspec.msgpack.encode(request)
-    send(FRAME.pack(len(data)) + data)
-    (length,) = FRAME.unpack(read(FRAME.size))
+    send(frame_of(request))
+    return read_result(read, read(FRAME.size))
+
+
+def frame_of(message: Any) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return FRAME.pack(len(data)) + data
+
+
+def read_result(read: Callable[[int], bytes | bytearray], head: bytes) -> Any:
+    """The result in an answer that begins with ``head``. Raises ValueError as ``exchange``."""
+    (length,) = FRAME.unpack(head)
     if length > MAX_FRAME:
         raise ValueError("it is no KV store of this kind")
     done, result = msgspec.msgpack.decode(read(length))
@@ -67,7 +82,9 @@ def exchange(send: Callable[[bytes], Any], read: Callable[[int], bytes | bytearr
 
 
 class Connection(asyncio.Protocol):
-    """Frames of one client."""
+    """Frames of one client of the same user, by a Unix socket."""
+
+    max_frame = MAX_FRAME
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -77,12 +94,21 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        connected = transport.get_extra_info("socket")
+        with socket.socket(fileno=os.dup(connected.fileno())) as line:
+            if peer(line)[1] != os.geteuid():
+                self._transport.abort()
+                return
+            try:
+                socket.send_fds(line, [frame_of((True, self._server.hello))], [self._server.segment.fd])
+            except OSError:  # gone already
+                self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        while len(self._received) >= FRAME.size:
+        while len(self._received) >= FRAME.size and not self._transport.is_closing():
             (length,) = FRAME.unpack_from(self._received)
-            if length > MAX_FRAME:
+            if length > self.max_frame:
                 self._transport.abort()  # whoever this is, it does not speak our language
                 return
             end = FRAME.size + length
@@ -90,33 +116,30 @@ class Connection(asyncio.Protocol):
                 return
             frame = bytes(self._received[FRAME.size : end])
             del self._received[:end]
-            answer = self._server.answer(self._client, frame)
-            self._transport.write(FRAME.pack(len(answer)) + answer)
+            self.answer(frame)
+
+    def answer(self, frame: bytes) -> None:
+        """Answers a request; one that is not understood is answered too and changes nothing."""
+        self._transport.write(frame_of(self._server.answer(self._client, frame)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.drop(self._client)
 
 
 class Server:
-    """Answers requests.
+    """Answers requests about the parts of ``segment``."""
 
-    Args:
-        size: bytes of the memory.
-        hello: what a client needs to use it.
-    """
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.index = Index(segment.size)
+        self.hello = segment.describe()
 
-    def __init__(self, size: int, hello: dict[str, Any]) -> None:
-        self.index = Index(size)
-        self._hello = hello
-
-    def answer(self, client: Client, frame: bytes) -> bytes:
-        """The answer to a request; one that is not understood is answered too and changes nothing."""
+    def answer(self, client: Client, frame: bytes) -> tuple[bool, Any]:
         try:
             operation, *arguments = msgspec.msgpack.decode(frame)
-            result = (True, self._run(client, operation, *arguments))
+            return True, self._run(client, operation, *arguments)
         except (msgspec.DecodeError, TypeError, ValueError, AttributeError) as error:
-            result = (False, f"not understood: {error}")
-        return msgspec.msgpack.encode(result)
+            return False, f"not understood: {error}"
 
     def drop(self, client: Client) -> None:
         """The client is gone."""
@@ -131,8 +154,6 @@ class Server:
             return self.index.reserve(client, msgspec.convert(keys, list[tuple[str, int, Any]]))
         if operation == "stats":
             return self.index.stats()
-        if operation == "hello":
-            return self._hello
         if operation == "ping":
             return None
         raise ValueError(f"operation {operation!r}")
@@ -142,7 +163,7 @@ def _names(keys: Any) -> list[str]:
     return msgspec.convert(keys, list[str])
 
 
-async def serve(host: str, port: int, size: int) -> int:
+async def serve(path: str, size: int) -> int:
     """Serve until TERM or INT; returns the exit status."""
     loop = asyncio.get_running_loop()
     status: asyncio.Future[int] = loop.create_future()
@@ -159,11 +180,11 @@ async def serve(host: str, port: int, size: int) -> int:
         segment = Segment(size)
     except OSError as error:
         return _complain(f"cannot take {size >> 20} MiB of shared memory: {error.strerror}")
-    server = Server(size, segment.describe())
+    server = Server(segment)
     try:
-        listening = await loop.create_server(lambda: Connection(server), host, port)
+        listening = await loop.create_server(lambda: Connection(server), sock=listen(path))
     except OSError as error:
-        return _complain(f"cannot listen on {host}:{port}: {error.strerror}")
+        return _complain(f"cannot listen on {path}: {error.strerror}")
 
     def take_memory() -> None:
         try:
@@ -175,8 +196,10 @@ async def serve(host: str, port: int, size: int) -> int:
             loop.call_soon_threadsafe(end, 1)
 
     threading.Thread(target=take_memory, name="populate", daemon=True).start()
-    print(f"KV store shm://{host}:{port}: {size >> 20} MiB of shared memory", flush=True)
+    print(f"KV store shm://{path}: {size >> 20} MiB of shared memory", flush=True)
     code = await status
+    with contextlib.suppress(OSError):
+        os.unlink(path)
     listening.close()
     return code
 
@@ -194,12 +217,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
     parser = _Parser(prog="shm_server", description="KV store in shared memory, for servers on one machine.")
-    parser.add_argument("host", help="address to listen on for control messages")
-    parser.add_argument("port", help="port to listen on")
+    parser.add_argument("socket", help="path of the Unix socket to listen on; only the same user may connect")
     parser.add_argument("--size", required=True, help="memory of the store, as in 512mb or 2gb")
     options = parser.parse_args(arguments)
-    if not re.fullmatch("[0-9]{1,5}", options.port) or not 0 < int(options.port) < 65536:
-        parser.error(f"port '{options.port}': allowed: a whole number from 1 to 65535")
     try:
         size = parse_size(options.size)
     except ValueError as error:
@@ -207,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     available = available_memory()
     if size > available:
         return _complain(f"--size {options.size}: {available >> 20} MiB of memory are available, choose less than that")
-    return asyncio.run(serve(options.host, int(options.port), size))
+    return asyncio.run(serve(os.path.abspath(options.socket), size))
 
 
 if __name__ == "__main__":

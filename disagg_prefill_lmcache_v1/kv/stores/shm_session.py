@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +16,11 @@ from lmcache.logging import init_logger
 
 from disagg_prefill_lmcache_v1.kv.stores import base
 from disagg_prefill_lmcache_v1.kv.stores.base import StoreUnavailable
-from disagg_prefill_lmcache_v1.kv.stores.link import dial
+from disagg_prefill_lmcache_v1.kv.stores.link import Link
 from disagg_prefill_lmcache_v1.kv.stores.shm_memory import VERSION, populate
-from disagg_prefill_lmcache_v1.kv.stores.shm_server import exchange
+from disagg_prefill_lmcache_v1.kv.stores.shm_server import FRAME, exchange, read_result
 
 logger = init_logger(__name__)
-
-SCHEME = "shm://"
 
 
 class MappedSegment:
@@ -31,22 +30,13 @@ class MappedSegment:
         OSError: it cannot be mapped.
     """
 
-    def __init__(self, hello: dict[str, Any]) -> None:
+    def __init__(self, hello: dict[str, Any], fd: int) -> None:
         self.name: str = hello["segment"]
         self.size: int = hello["size"]
         try:
-            fd = os.open(f"/proc/{hello['pid']}/fd/{hello['fd']}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                status = os.fstat(fd)
-                # another machine's or container's process may have this number
-                if (status.st_dev, status.st_ino, status.st_size) != (hello["device"], hello["inode"], self.size):
-                    raise OSError("not the store's")
-                mapping = mmap.mmap(fd, self.size)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            cause = f"its memory cannot be mapped ({error.strerror or error})"
-            raise OSError(f"{cause}: the server must run on this machine, as the same user") from error
+            mapping = mmap.mmap(fd, self.size)  # not beyond the file's end
+        except (OSError, ValueError) as error:
+            raise OSError(f"its memory cannot be mapped ({error})") from error
         self.memory = torch.frombuffer(mapping, dtype=torch.uint8)
         self._retired = threading.Event()
         # else every page costs a fault when it is first copied to or from: a third of the speed
@@ -67,18 +57,22 @@ class MappedSegment:
 class Session:
     """One connection to the server; any thread may ask."""
 
-    def __init__(self, host: str, port: int, mapped: MappedSegment | None) -> None:
+    def __init__(self, connected: socket.socket, mapped: MappedSegment | None) -> None:
         self._lock = threading.Lock()  # held while a request is on its way
         self._state = threading.Lock()
         self._leases = 0
         self._failed = False
-        self._link = dial((host, port))
+        self._link = Link(connected)
         try:
-            hello = exchange(self._link.send, self._link.read, ["hello"])
-            if not isinstance(hello, dict) or hello.get("version") != VERSION:
-                raise OSError("it is no KV store of this version")
-            known = mapped is not None and mapped.name == hello["segment"]
-            self.segment = mapped if known else MappedSegment(hello)
+            head, fd = self._link.read_with_descriptor(FRAME.size)
+            try:
+                hello = read_result(self._link.read, head)
+                if not isinstance(hello, dict) or hello.get("version") != VERSION:
+                    raise OSError("it is no KV store of this version")
+                known = mapped is not None and mapped.name == hello["segment"]
+                self.segment = mapped if known else MappedSegment(hello, fd)
+            finally:
+                os.close(fd)
         except BaseException:
             self._link.close()
             raise
@@ -122,14 +116,19 @@ class Session:
 class Sessions:
     """Keeps one session with the server, and makes it again when it has failed.
 
+    Args:
+        name: of the store, for messages.
+        dial: makes a connection to its server.
+
     Attributes:
         on_remap: called, by the thread that noticed, when memory() has changed: the server was restarted. The old
             memory stays mapped until the call has returned. Other threads may already have tensors of the new one.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, name: str, dial: Callable[[], socket.socket]) -> None:
         self.on_remap: Callable[[], None] | None = None
-        self._address = (host, port)
+        self._name = name
+        self._dial = dial
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._segment: MappedSegment | None = None
@@ -164,14 +163,14 @@ class Sessions:
             if time.monotonic() - self._failed_at < base.RETRY_AFTER_S:
                 raise StoreUnavailable(self._text("did not answer a moment ago"))
             try:
-                session = Session(*self._address, self._segment)
+                session = Session(self._dial(), self._segment)
             except (OSError, ValueError, TypeError, KeyError) as error:
                 self._fail(error)
             old, self._segment = self._segment, session.segment
             self._session = session
         if old is not None and old is not session.segment:
             old.retire()
-            logger.info("KV store %s%s:%d was restarted: its memory is mapped anew", SCHEME, *self._address)
+            logger.info("KV store %s was restarted: its memory is mapped anew", self._name)
             if self.on_remap is not None:
                 self.on_remap()
         return session, True
@@ -187,7 +186,7 @@ class Sessions:
         raise StoreUnavailable(self._text(str(error) or type(error).__name__)) from error
 
     def _text(self, cause: str) -> str:
-        return f"KV store {SCHEME}{self._address[0]}:{self._address[1]}: {cause}"
+        return f"KV store {self._name}: {cause}"
 
     def end_sessions(self) -> None:
         with self._lock:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
+from disagg_prefill_lmcache_v1.memory import parse_size
 from disagg_prefill_lmcache_v1.settings import authority, setting
 
+SECRET_FILE = "kv_secret"  # in the run directory
 SIZE = {"pattern": r"[0-9]{1,12}([kKmMgG][bB]?|[bB])?", "allowed": "a whole number and a unit, as in 512mb or 2gb"}
 
 
@@ -47,7 +49,7 @@ class Backend:
     """
 
     name: ClassVar[str]
-    default_port: ClassVar[int]
+    default_port: ClassVar[int] = 0  # 0: it has no port
     title: ClassVar[str]  # for the help text
     # Class of the connector; Gaudi's plugin recognises LMCache by this text in the name.
     connector: ClassVar[str] = "LMCacheDisaggConnectorV1"
@@ -58,6 +60,7 @@ class Backend:
     imported: ClassVar[tuple[str, ...]] = ()  # of them, those that preflight imports: native libraries may not load
     decoder_first: ClassVar[bool] = False  # where servers start one after the other
     program_variable: ClassVar[str] = ""  # names another program for the server
+    size_variable: ClassVar[str]  # names its memory
     clears: ClassVar[tuple[str, ...]] = ()  # variables that the vLLM servers must not inherit
 
     host: str = "127.0.0.1"
@@ -74,7 +77,23 @@ class Backend:
     @property
     def ports(self) -> int:
         """Ports in a row from ``port`` on that are taken."""
-        return 1
+        return 1 if self.default_port else 0
+
+    @property
+    def address(self) -> int | str:
+        """What the KV server listens on: a port, or the path of a Unix socket."""
+        return self.port
+
+    @property
+    def secret_file(self) -> Path | None:
+        """File with a secret of this run, which the launcher makes; None: there is none."""
+        return None
+
+    @property
+    def capacity(self) -> int | None:
+        """Bytes of KV that it holds in all, by its own setting; None: that is not known."""
+        size = getattr(self, self.size_variable.lower())
+        return None if self.url or not size else parse_size(size)
 
     @property
     def reuse_block(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from disagg_prefill_lmcache_v1.launch.backends.base import Backend
+from disagg_prefill_lmcache_v1.memory import available_memory
 from disagg_prefill_lmcache_v1.settings import setting
 
 
@@ -13,6 +14,7 @@ from disagg_prefill_lmcache_v1.settings import setting
 class Lm(Backend):
     name: ClassVar[str] = "lm"
     default_port: ClassVar[int] = 8300
+    size_variable: ClassVar[str] = "KV_LM_SIZE"
     title: ClassVar[str] = "LMCache's own server"
     schemes: ClassVar[tuple[str, ...]] = ("lm",)
     program_variable: ClassVar[str] = "KV_SERVER_PROGRAM"
@@ -26,6 +28,12 @@ class Lm(Backend):
         flag=False,
         shown="4/5 of what is free",
     )
+
+    @property
+    def capacity(self) -> int | None:
+        if self.url or self.kv_lm_size:
+            return super().capacity
+        return available_memory() * 4 // 5  # as the server says
 
     def server(self) -> list[str]:
         return [*self.kv_server_program.split(), self.host, str(self.port)]

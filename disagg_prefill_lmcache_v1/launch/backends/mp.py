@@ -16,6 +16,7 @@ from disagg_prefill_lmcache_v1.settings import setting
 class Mp(Backend):
     name: ClassVar[str] = "mp"
     default_port: ClassVar[int] = 8600
+    size_variable: ClassVar[str] = "KV_MP_SIZE"
     title: ClassVar[str] = "LMCache's multi-process server"
     schemes: ClassVar[tuple[str, ...]] = ("mp",)
     connector: ClassVar[str] = "LMCacheDisaggMPConnector"

@@ -9,6 +9,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.launch.backends.base import (
+    SECRET_FILE,
     Backend,
     memory_size,
     number_of,
@@ -16,6 +17,7 @@ from disagg_prefill_lmcache_v1.launch.backends.base import (
     role_of,
 )
 from disagg_prefill_lmcache_v1.launch.profiles import PACKAGE
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE
 from disagg_prefill_lmcache_v1.settings import authority, is_loopback, setting
 
 
@@ -23,6 +25,7 @@ from disagg_prefill_lmcache_v1.settings import authority, is_loopback, setting
 class Nixl(Backend):
     name: ClassVar[str] = "nixl"
     default_port: ClassVar[int] = 8500
+    size_variable: ClassVar[str] = "KV_NIXL_SIZE"
     title: ClassVar[str] = "peer to peer"
     schemes: ClassVar[tuple[str, ...]] = ("nixl",)
     starts_server: ClassVar[bool] = False
@@ -40,6 +43,16 @@ class Nixl(Backend):
     def ports(self) -> int:
         return self.ranks * self.decoders
 
+    @property
+    def capacity(self) -> int | None:
+        each = super().capacity
+        return each and each * self.ranks * self.decoders
+
+    @property
+    def secret_file(self) -> Path:
+        """Both sides prove to each other that they know it."""
+        return self.run_dir / SECRET_FILE
+
     def config(self, server: str) -> Path:
         return PACKAGE / "configs" / f"lmcache-{role_of(server)}-config.yaml"
 
@@ -49,6 +62,8 @@ class Nixl(Backend):
 
     def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
         values = plugin_environment(self, server, environ)
+        # the caller's own, for servers on several machines
+        values[SECRET_VARIABLE] = environ.get(SECRET_VARIABLE) or str(self.secret_file)
         alone = is_loopback(self.host) and (not self.url or is_loopback(urlsplit(self.url).hostname or ""))
         values["UCX_NET_DEVICES"] = self.ucx_net_devices or ("lo" if alone else "all")
         if role_of(server) == "decoder":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from disagg_prefill_lmcache_v1.launch.backends.base import Backend, memory_size
+from disagg_prefill_lmcache_v1.launch.backends.base import SECRET_FILE, Backend, memory_size
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE
 from disagg_prefill_lmcache_v1.settings import setting
 
 SOCKET_PATH_LIMIT = 100  # bytes; the kernel takes 107
@@ -16,6 +18,7 @@ SOCKET_PATH_LIMIT = 100  # bytes; the kernel takes 107
 class Redis(Backend):
     name: ClassVar[str] = "redis"
     default_port: ClassVar[int] = 8379
+    size_variable: ClassVar[str] = "REDIS_MAXMEMORY"
     title: ClassVar[str] = "Redis"
     schemes: ClassVar[tuple[str, ...]] = ("redis", "rediss")
     local: ClassVar[bool] = True  # what other machines use should have a password and TLS: a Redis of their own
@@ -34,12 +37,20 @@ class Redis(Backend):
         path = str(self.run_dir / f"redis-{self.port}.sock")
         return path if self.runs_server and len(path.encode()) < SOCKET_PATH_LIMIT else ""
 
+    @property
+    def secret_file(self) -> Path | None:
+        """Configuration of the Redis that is started here, with its password: no argument list shows that."""
+        return self.run_dir / SECRET_FILE if self.runs_server else None
+
     def server(self) -> list[str]:
-        words = [*self.redis_server_program.split(), "--bind", self.host, "--port", str(self.port), "--save", ""]
+        words = [*self.redis_server_program.split(), str(self.secret_file)]
+        words += ["--bind", self.host, "--port", str(self.port), "--save", ""]
         words += ["--appendonly", "no", "--maxmemory", self.redis_maxmemory, "--maxmemory-policy", "allkeys-lru"]
         words += ["--unixsocket", self.socket, "--unixsocketperm", "700"] if self.socket else []
         return words + self.redis_args.split()
 
     def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
         values = super().environment(server, environ)
+        if self.secret_file:
+            values[SECRET_VARIABLE] = str(self.secret_file)
         return {**values, "DISAGG_REDIS_SOCKET": self.socket} if self.socket else values

@@ -13,7 +13,7 @@ from disagg_prefill_lmcache_v1.settings import setting
 @dataclass(frozen=True)
 class Shm(Backend):
     name: ClassVar[str] = "shm"
-    default_port: ClassVar[int] = 8400
+    size_variable: ClassVar[str] = "KV_SHM_SIZE"
     title: ClassVar[str] = "shared memory"
     schemes: ClassVar[tuple[str, ...]] = ("shm",)
     clears: ClassVar[tuple[str, ...]] = ("LMCACHE_REMOTE_URL",)  # LMCache would use that store too
@@ -25,8 +25,16 @@ class Shm(Backend):
     )
     kv_shm_size: str = memory_size("shared memory of the store")
 
+    @property
+    def address(self) -> str:
+        return str(self.run_dir / "kv_store.sock")
+
+    @property
+    def store_url(self) -> str:
+        return self.url or f"shm://{self.address}"
+
     def server(self) -> list[str]:
-        return [*self.kv_shm_server_program.split(), self.host, str(self.port), "--size", self.kv_shm_size]
+        return [*self.kv_shm_server_program.split(), self.address, "--size", self.kv_shm_size]
 
     def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
         return plugin_environment(self, server, environ)

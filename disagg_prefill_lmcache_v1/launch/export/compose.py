@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from disagg_prefill_lmcache_v1.launch.export.kubernetes import CACHE, STOP_S
+from disagg_prefill_lmcache_v1.launch.export.kubernetes import CACHE, REQUIRED, STOP_S
 from disagg_prefill_lmcache_v1.launch.export.stack import OWN_ADDRESS, PASSWORD, Server, Stack
 from disagg_prefill_lmcache_v1.launch.export.yaml_text import dump
 
@@ -12,6 +12,7 @@ Data = dict[str, Any]
 
 MADE = "Made by: python -m disagg_prefill_lmcache_v1.launch export compose --device {device} --backend {backend}"
 NETWORKS = {"proxy": ("front", "servers"), "kv-server": ("store",)}
+ASKED = ":?in a file .env beside this one"  # for what must be there
 PROBE = "import urllib.request as r; r.urlopen('http://127.0.0.1:{port}{path}', timeout=5)"
 CONNECT = "import socket; socket.create_connection(('127.0.0.1', {port}), 5)"
 
@@ -32,7 +33,7 @@ def compose(stack: Stack) -> dict[str, str]:
 
 def _text(server: Server, text: str) -> str:
     """Compose fills in ${NAME}."""
-    filled = text.replace("$", "$$").replace(PASSWORD, "${REDIS_PASSWORD:?in a file .env beside this one}")
+    filled = text.replace("$", "$$").replace(PASSWORD, f"${{REDIS_PASSWORD{ASKED}}}")
     return filled.replace(OWN_ADDRESS, server.name)
 
 
@@ -64,7 +65,7 @@ def _service(stack: Stack, server: Server) -> Data:
     found["networks"] = list(NETWORKS.get(server.name, ("servers", "store")))
     for name in server.secrets:
         if name != "REDIS_PASSWORD":
-            found["environment"][name] = f"${{{name}:-}}"
+            found["environment"][name] = f"${{{name}{ASKED if name in REQUIRED else ':-'}}}"
     before = {"proxy": stack.vllm_servers, "kv-server": ()}.get(server.name, ("kv-server",))
     waits: Data = {name: {"condition": "service_healthy"} for name in before if name in stack.servers}
     if server.prepare:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.export.stack import OWN_ADDRESS, PASSWORD, Server, Stack
+from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE
 
 Data = dict[str, Any]
 
 USER = 10001  # made in both Containerfiles
 SECRET = "disagg-prefill"
+REQUIRED = ("REDIS_PASSWORD", SECRET_VALUE)  # of what is in it
 LABEL = "app.kubernetes.io/component"
 PART_OF = {"app.kubernetes.io/part-of": "disagg-prefill"}
 CACHE = "/cache"
@@ -132,7 +134,7 @@ def environment(server: Server) -> list[Data]:
     """Secrets and the address first: what follows may refer to them."""
     found: list[Data] = []
     for name, key in server.secrets.items():
-        optional = {} if name == "REDIS_PASSWORD" else {"optional": True}
+        optional = {} if name in REQUIRED else {"optional": True}
         found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": key, **optional}}})
     values = {name: expanded(value) for name, value in server.environment.items()}
     if any("$(POD_IP)" in value for value in values.values()):

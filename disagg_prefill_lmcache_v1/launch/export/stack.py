@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.backends import BACKENDS
 from disagg_prefill_lmcache_v1.launch.backends.base import role_of
-from disagg_prefill_lmcache_v1.launch.commands import build_command, server_port
+from disagg_prefill_lmcache_v1.launch.commands import build_command, server_address
 from disagg_prefill_lmcache_v1.launch.devices import Cards
 from disagg_prefill_lmcache_v1.launch.export.settings import ExportSettings
 from disagg_prefill_lmcache_v1.launch.messages import UsageError, mask_passwords
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan, server_names
 from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY, Profile
 from disagg_prefill_lmcache_v1.launch.settings import PREFIX, Configuration
+from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE, SECRET_VARIABLE
 from disagg_prefill_lmcache_v1.settings import env_of
 
 COUNTER = ("--middleware", "disagg_prefill_lmcache_v1.kv.in_flight.CountRequests")
@@ -44,6 +46,7 @@ class Server:
     settle_s: int = 0
     limit_s: int = 0
     secrets: Mapping[str, str] = field(default_factory=dict)  # variable -> key in the secret
+    secret_file: str = ""  # made before it is started, if it is not there
     prepare: tuple[str, ...] = ()  # a command that runs once before it,
     prepare_environment: Mapping[str, str] = field(default_factory=dict)
     more_ports: tuple[int, ...] = ()
@@ -135,7 +138,7 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
     plan = replace(_plan(configuration, environ, one, apart), run_id="exported")
     command = build_command(plan, one)
     words, environment = list(command.words), dict(command.environment)
-    more: dict[str, object]
+    more: dict[str, Any]
     if name == "proxy":
         words += ["--drain-timeout-s", str(settings.drain_limit)]
         more = {
@@ -148,6 +151,8 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
     else:
         words += COUNTER
         more = _vllm(plan, name)
+        if apart and environment.pop(SECRET_VARIABLE, None):
+            more["secrets"][SECRET_VALUE] = "kv-secret"
         if plan.model.built:
             prepare = build_command(plan, "model")
             more |= {
@@ -157,8 +162,10 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
     if name != "proxy" and settings.redis_image != more["image"]:
         # LMCache's numba wants to write beside its code; where it cannot, LMCache offers nothing but its command line.
         environment["NUMBA_CACHE_DIR"] = "/tmp/numba"
+    if not apart and name != "proxy" and plan.backend.secret_file:
+        more["secret_file"] = str(plan.backend.secret_file)
     words = [_on_target(word, settings.root) for word in words]
-    return Server(name, tuple(words), _environment(environment, settings.root), server_port(plan, one), **more)
+    return Server(name, tuple(words), _environment(environment, settings.root), server_address(plan, one), **more)
 
 
 def _environment(values: Mapping[str, str], root: str) -> dict[str, str]:
@@ -174,7 +181,7 @@ def _on_target(text: str, root: str) -> str:
     return text.replace(str(REPOSITORY), root)
 
 
-def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, object]:
+def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, Any]:
     settings, profile = plan.settings, plan.profile
     receives = role_of(name) == "decoder" and not plan.backend.starts_server
     secrets = {"HF_TOKEN": "hf-token"}
@@ -207,6 +214,7 @@ def _store(plan: Plan[ExportSettings], words: list[str], environment: dict[str, 
         "memory": f"{mebibytes + 512}Mi", "memory_limit": f"{mebibytes * 5 // 4 + 1024}Mi",
     }  # fmt: skip
     if settings.backend == "redis" and apart:
+        words.remove(str(plan.backend.secret_file))
         words += ["--requirepass", PASSWORD]
         more["secrets"] = {"REDIS_PASSWORD": "redis-password"}
     return more

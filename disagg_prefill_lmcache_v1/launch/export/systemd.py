@@ -45,6 +45,9 @@ def _unit(stack: Stack, server: Server) -> list[str]:
     lines += ["", "[Service]", f"User={NAME}", f"Environment={quoted(f'PATH={path}')}"]
     lines += [f"Environment={quoted(f'{name}={value}')}" for name, value in sorted(server.environment.items())]
     lines += [f"EnvironmentFile=-/etc/{NAME}/secrets.env"]  # HF_TOKEN, DISAGG_PROXY_API_KEY
+    if server.secret_file:
+        words = ("python3", "-m", "disagg_prefill_lmcache_v1.same_user", server.secret_file)
+        lines += [f"ExecStartPre={_command(words)}"]
     if server.prepare:
         lines += [f"ExecStartPre={_command(server.prepare)}", f"ReadWritePaths=-{stack.models}"]
     # 2: a setting that is not allowed, which trying again does not change.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROLE = "store" if os.environ.get("DISAGG_KV_VISIBILITY") else "retrieve"
+ROLE = os.environ["DISAGG_KV_VISIBILITY"].rpartition("-")[2]
 
 
 def fault(name: str) -> str:
@@ -96,6 +96,9 @@ class LLM:
             threading.Thread(target=self.store, args=(request_id,)).start()
         known = self.requests <= 2  # the warm-up and the prompt; the third request is another one
         cached = len(tokens) - 1 if ROLE == "retrieve" and known and not fault("NO_REUSE") else 0
+        if ROLE == "retrieve" and not fault("SILENT"):
+            loaded = cached - min(int(fault("NOT_LOADED") or 0), cached)
+            self.announce({"id": f"{request_id}-a1b2c3", "reused": loaded})
         answer = [(token + 1) % 100 for token in tokens[: parameters.max_tokens]]
         if fault("OTHER_TEXT"):
             answer[-1] += 1
