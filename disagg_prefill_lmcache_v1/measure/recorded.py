@@ -49,8 +49,7 @@ def read_run(folder: Path) -> Recorded:
 
 def of_comparison(content: Mapping[str, Any]) -> Recorded:
     """What both arms tell: the plain one computes alone, the pair steps alone."""
-    arms = {name: sorted(content["arms"][name]["points"], key=lambda each: each["request_rate"])
-            for name in ("plain", "pair")}  # fmt: skip
+    arms = {name: open_points(content["arms"][name]["points"]) for name in ("plain", "pair")}
     flags = content.get("flags") or {}
     servers = (int(flags.get("prefillers") or 1), int(flags.get("decoders") or 1))
     requests = [each for points in arms.values() for point in points for each in point.get("requests") or ()]
@@ -68,6 +67,13 @@ def of_comparison(content: Mapping[str, Any]) -> Recorded:
     )  # fmt: skip
 
 
+def open_points(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those with a rate of arrivals, the lowest first: all requests at once, or one after the other, have none."""
+    found = [each for each in points if isinstance(each["request_rate"], (int, float))]
+    found = [each for each in found if 0 < each["request_rate"] < math.inf]
+    return sorted(found, key=lambda each: each["request_rate"])
+
+
 def ttft_alone_s(point: Mapping[str, Any]) -> float:
     """TTFT of a request that met no other one, nearly; the median where single requests are not recorded."""
     single = [each["ttft_ms"] for each in point.get("requests") or () if not each.get("error") and each.get("ttft_ms")]
@@ -82,7 +88,8 @@ def tpot_s(point: Mapping[str, Any]) -> float:
 
 def steps_of(points: Sequence[Mapping[str, Any]], decoders: int, tokens: float) -> tuple[float | None, float | None]:
     """Step without requests and what each adds, by least squares over the points; one point: all of it is the step."""
-    found = [(each["request_rate"] / decoders * tokens * tpot_s(each), tpot_s(each)) for each in points]
+    rates = [each.get("request_throughput") or each["request_rate"] for each in points]  # a full server serves fewer
+    found = [(rate / decoders * tokens * tpot_s(each), tpot_s(each)) for rate, each in zip(rates, points, strict=True)]
     requests, times = zip(*found, strict=True)
     middle, mean = statistics.fmean(requests), statistics.fmean(times)
     spread = sum((each - middle) ** 2 for each in requests)

@@ -166,6 +166,24 @@ def test_single_requests_of_a_comparison_count(tmp_path: Path) -> None:
     assert rates.prefill_s == pytest.approx(2 * recorded.prefill_s), "a prompt twice as long takes twice the time"
 
 
+def test_points_without_a_rate_do_not_count(tmp_path: Path) -> None:
+    content = json.loads((RECORDED / "compare.json").read_text())
+    expected = read_run(RECORDED)
+    for arm in content["arms"].values():
+        first = arm["points"][0]
+        arm["points"] = [{**first, "request_rate": rate} for rate in ("inf", None, 0)] + arm["points"][::-1]
+    (tmp_path / "compare.json").write_text(json.dumps(content))
+    assert read_run(tmp_path) == expected
+
+
+def test_what_a_full_server_serves_counts_not_what_arrives() -> None:
+    steps = Steps(1, RATES, LOAD)
+    point = {"request_rate": 50.0, "request_throughput": 2.0, "tpot_ms": {"mean": 1000 * steps.tpot_s(steps.requests)}}
+    other = Steps(1, RATES, LOAD.at(1.0))
+    low = {"request_rate": 1.0, "tpot_ms": {"mean": 1000 * other.tpot_s(other.requests)}}
+    assert steps_of([low, point], 1, 200)[1] == pytest.approx(RATES.slope_s)
+
+
 def test_a_summary_is_planned_from(tmp_path: Path) -> None:
     parts = {"prefill_queue": 80, "prefill": 200, "kv_wait": 30, "load": 20, "first_step": 9}
     summary = {"ttft_parts_ms": {name: {"p50": value} for name, value in parts.items()}, "itl_ms_p50": 8.0}
