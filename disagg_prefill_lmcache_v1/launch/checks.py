@@ -19,7 +19,7 @@ from disagg_prefill_lmcache_v1.launch.commands import build_command, server_addr
 from disagg_prefill_lmcache_v1.launch.interpreter import PREFLIGHT
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan
-from disagg_prefill_lmcache_v1.launch.ports import is_listening
+from disagg_prefill_lmcache_v1.launch.ports import answers, is_listening
 from disagg_prefill_lmcache_v1.launch.preflight import PROBLEM, WARNING
 from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.launch.supervision import Supervisor
@@ -58,6 +58,11 @@ def check_machine(plan: Plan[Settings], roles: Sequence[str]) -> None:
         problems.add(program_problem(plan, role))
         for port, name in role_ports(plan, role):
             problems.add(port_problem(plan, port, name))
+        address = plan.backend.address
+        if role == "kv-server" and isinstance(address, str) and answers(address):
+            problems.add(
+                f"another server has {address}: stop it, or give another {plan.configuration.source('run_dir')}"
+            )
         if role_of(role) in ROLES:
             config = build_command(plan, role).environment.get("LMCACHE_CONFIG_FILE")
             if config and not os.access(config, os.R_OK):

@@ -16,6 +16,7 @@ from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Lau
 
 from disagg_prefill_lmcache_v1.launch import devices, preflight, profiles
 from disagg_prefill_lmcache_v1.launch.devices import assign_cards
+from disagg_prefill_lmcache_v1.same_user import listen
 
 
 @pytest.fixture
@@ -357,6 +358,18 @@ def test_a_missing_redis_server_is_installed(launch: Launch, no_redis: Path, wor
 def test_the_launcher_needs_a_kv_server(launch: Launch) -> None:
     line = refused(launch, 1, LAUNCHER, "decoder", *launch.arguments())
     assert f"no KV server answers at lm://127.0.0.1:{launch.ports['kv']}" in line
+
+
+def test_the_socket_of_another_server_is_not_taken(launch: Launch) -> None:
+    launch.run_dir.mkdir()
+    path = launch.run_dir / "kv_store.sock"
+    with listen(str(path)):
+        line = refused(launch, 1, LAUNCHER, "kv-server", *launch.arguments("--backend=shm"))
+        assert f"another server has {path}: stop it, or give another --run-dir" in line
+    line = refused(launch, 1, LAUNCHER, "decoder", *launch.arguments("--backend=shm"))
+    assert f"no KV server answers at shm://{path}" in line
+    line = refused(launch, 2, LAUNCHER, "decoder", *launch.arguments("--backend=shm", "--kv-url=shm://h:1"))
+    assert "--kv-url: --backend shm allows shm:///PATH of its server's socket" in line
 
 
 # --- profiles ---
