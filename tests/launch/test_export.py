@@ -23,7 +23,6 @@ from disagg_prefill_lmcache_v1.launch.export import command_line, yaml_text
 from disagg_prefill_lmcache_v1.launch.export.kubernetes import SECRET, USER, manifests
 from disagg_prefill_lmcache_v1.launch.export.kustomize import difference, intersection
 from disagg_prefill_lmcache_v1.launch.export.settings import ROOT as TARGET
-from disagg_prefill_lmcache_v1.launch.export.stack import UNITS, size_of
 from disagg_prefill_lmcache_v1.proxy.settings import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -459,10 +458,6 @@ def test_a_difference_makes_the_new_of_the_old() -> None:
     assert by_name(kustomize.merge(old, difference(old, new))) == by_name(new)
     assert difference(old, old) == {}
     assert intersection([old, new]) == {"a": 1}
-
-
-def test_sizes_are_bytes() -> None:
-    assert [size_of(text) for text in ("512mb", "2gb", "3K", "7b", "9")] == [512 * UNITS["m"], 2 << 30, 3 << 10, 7, 9]
 
 
 def test_words_with_a_meaning_to_systemd_stay_as_they_are() -> None:

@@ -21,6 +21,7 @@ from disagg_prefill_lmcache_v1.launch.messages import UsageError, mask_passwords
 from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan, server_names
 from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY, Profile
 from disagg_prefill_lmcache_v1.launch.settings import PREFIX, Configuration
+from disagg_prefill_lmcache_v1.memory import parse_size
 from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE, SECRET_VARIABLE
 from disagg_prefill_lmcache_v1.settings import env_of
 
@@ -29,7 +30,7 @@ PASSWORD = "{redis-password}"  # stands for the secret until a format writes it 
 OWN_ADDRESS = "own-address.invalid"  # the address of a server's own pod or container
 APART = ("lm", "redis", "nixl")  # ways of the KV cache that need no common machine
 PROXY_SETTLE_S = 10
-UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _store(plan: Plan[ExportSettings], words: list[str], environment: dict[str, 
     elif settings.backend == "lm":
         size = plan.backend.kv_lm_size or size
         environment["KV_LM_SIZE"] = size
-    mebibytes = -(-size_of(size) // UNITS["m"])
+    mebibytes = -(-parse_size(size) // MEBIBYTE)
     more: dict[str, object] = {
         "image": image, "health": "", "ready_s": int(plan.profile.get("KV_READY_TIMEOUT")),
         "memory": f"{mebibytes + 512}Mi", "memory_limit": f"{mebibytes * 5 // 4 + 1024}Mi",
@@ -218,9 +219,3 @@ def _store(plan: Plan[ExportSettings], words: list[str], environment: dict[str, 
         words += ["--requirepass", PASSWORD]
         more["secrets"] = {"REDIS_PASSWORD": "redis-password"}
     return more
-
-
-def size_of(text: str) -> int:
-    """Bytes of a size like 512mb."""
-    digits = text.rstrip("kKmMgGbB")
-    return int(digits) * UNITS[text[len(digits) :].lower()[:1]]
