@@ -25,6 +25,7 @@ from disagg_prefill_lmcache_v1.kv.mp import LMCacheDisaggMPConnector, cache_salt
 from disagg_prefill_lmcache_v1.kv.mp_client import Both, Reply
 from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.mp_server import server_words
+from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, read_secret
 
 PROMPTS = itertools.count(1)
 SLACK_S = 2.0  # of a busy machine
@@ -61,9 +62,10 @@ def test_what_is_stored_is_loaded_as_it_was(engine):
 
 
 @pytest.fixture
-def small_server(tmp_path):
-    """Room for about 30 prompts, and Redis behind it."""
+def small_server(tmp_path, monkeypatch):
+    """Room for about 30 prompts, and Redis behind it, which has a password."""
     redis = Server("redis")
+    monkeypatch.setenv("LMCACHE_RESP_PASSWORD", read_secret(os.environ[SECRET_VARIABLE]))
     server = MPServer(tmp_path / "kv_server.log", "4mb", "--redis", f"127.0.0.1:{redis.port}")
     yield server
     server.kill()
