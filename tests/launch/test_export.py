@@ -374,24 +374,22 @@ def test_a_store_of_ones_own_is_used_and_none_started() -> None:
 
 
 def test_several_servers_of_a_role_have_a_name_each() -> None:
-    flags = ("--device", "cuda", "--backend", "nixl", "--decoders", "2", "--tensor-parallel-size", "2")
+    flags = ("--device", "cuda", "--backend", "lm", "--decoders", "2", "--tensor-parallel-size", "2")
     files = exported("kubernetes", *flags)
     for name in ("decoder", "decoder2"):
         deployment, service, _ = yaml.safe_load_all(files[f"{name}.yaml"])
         container = deployment["spec"]["template"]["spec"]["containers"][0]
         assert deployment["metadata"]["name"] == service["metadata"]["name"] == name
         assert service["spec"]["ports"][0]["port"] == 8200
-        values = {each["name"]: each.get("value") for each in container["env"]}
-        assert values["DISAGG_KV_RECEIVER"] == "$(POD_IP):8500"
-        assert {each["containerPort"] for each in container["ports"]} == {8200, 8500, 8501}
+        assert {each["containerPort"] for each in container["ports"]} == {8200}
     proxy = next(yaml.safe_load_all(files["proxy.yaml"]))["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [proxy[index + 1] for index, word in enumerate(proxy) if word == "--decoder"] == [
         "http://decoder:8200",
         "http://decoder2:8200",
     ]
     policies = {each["metadata"]["name"]: each for each in yaml.safe_load_all(files["network-policies.yaml"])}
-    peers = policies["prefiller"]["spec"]["ingress"][1]["from"][0]["podSelector"]["matchExpressions"][0]["values"]
-    assert peers == ["prefiller", "decoder", "decoder2"]
+    (peer,) = policies["kv-server"]["spec"]["ingress"][0]["from"]
+    assert peer["podSelector"]["matchExpressions"][0]["values"] == ["prefiller", "decoder", "decoder2"]
     services = yaml.safe_load(exported("compose", *flags)["compose.yaml"])["services"]
     cards = [
         services[name]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
@@ -405,6 +403,16 @@ def test_several_servers_of_a_role_have_a_name_each() -> None:
     assert "CacheDirectory=" in unit
 
 
+def test_prefill_servers_write_to_the_one_decoder_of_nixl() -> None:
+    pods = objects_of("cuda", "nixl")
+    values = {}
+    for name in ("prefiller", "decoder"):
+        (container,) = pods["Deployment", name]["spec"]["template"]["spec"]["containers"]
+        values[name] = {each["name"]: each.get("value") for each in container["env"]}
+    assert values["prefiller"]["DISAGG_NIXL_URL"] == "nixl://decoder:8500"
+    assert values["decoder"]["DISAGG_NIXL_URL"] == "nixl://0.0.0.0:8500"
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -413,6 +421,7 @@ def test_several_servers_of_a_role_have_a_name_each() -> None:
         (("kubernetes",), "--output is needed"),
         (("kustomize", "--output", "x", "--device", "cpu"), "--device: kustomize writes all of them"),
         (("kubernetes", "--output", "x", "--backend", "shm"), "allowed here: lm, redis, nixl"),
+        (("kubernetes", "--output", "x", "--backend", "nixl", "--decoders", "2"), "--backend nixl allows 1 here"),
         (("compose", "--output", "x", "--namespace", "Big"), "--namespace 'Big': allowed: small letters"),
         (("kubernetes", "--output", "x", "--backend", "redis", "--kv-url", "redis://:s3cret@h:1"), "no password"),
         (("systemd", "--output", "/proc/none"), "cannot write /proc/none"),

@@ -97,6 +97,8 @@ def describe(configuration: Configuration[ExportSettings], environ: Mapping[str,
     kind = BACKENDS[settings.backend]
     if apart and settings.backend not in APART:
         raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: {', '.join(APART)}")
+    if apart and settings.backend == "nixl" and settings.decoders > 1:
+        raise UsageError("--decoders: --backend nixl allows 1 here, the one that prefill servers write to")
     environ = own_environment(environ)
     names = (*server_names(settings), "proxy")
     if kind.starts_server and not (settings.kv_url or settings.redis_url):
@@ -114,8 +116,9 @@ def _plan(
     port = settings.kv_port or BACKENDS[settings.backend].default_port
     user = f":{PASSWORD}@" if settings.backend == "redis" else ""
     store = settings.kv_url or settings.redis_url
-    if not store and settings.backend != "nixl":
-        store = f"{settings.backend}://{user}kv-server:{port}"
+    host = "kv-server" if BACKENDS[settings.backend].starts_server else "decoder"
+    if not store and name in ROLES and name != host:
+        store = f"{settings.backend}://{user}{host}:{port}"
     if name == "kv-server":  # the launcher's own Redis is for one machine; here it has a password
         plan = make_plan(replace(configuration, settings=replace(settings, run_dir=Path("/tmp"))), environ)
         return replace(plan, backend=replace(plan.backend, host="0.0.0.0"))
