@@ -36,7 +36,12 @@ from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats
 from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
 from disagg_prefill_lmcache_v1.kv.scheduler import DisaggScheduler
 from disagg_prefill_lmcache_v1.kv.settings import from_environment
-from disagg_prefill_lmcache_v1.kv.support import choose_async_load, choose_copy, refuse_prompt_embeds
+from disagg_prefill_lmcache_v1.kv.support import (
+    choose_async_load,
+    choose_copy,
+    refuse_prompt_embeds,
+    refuse_recurrent_models,
+)
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 from disagg_prefill_lmcache_v1.kv.worker import DisaggWorker
 
@@ -58,6 +63,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             settings = from_environment()
             announcer = Announcer()
             refuse_prompt_embeds(vllm_config)
+            refuse_recurrent_models(vllm_config)
             async_load = choose_async_load(vllm_config, settings.async_load)
             if role == KVConnectorRole.WORKER:
                 self._worker = DisaggWorker(vllm_config, settings, announcer)

@@ -59,6 +59,13 @@ class PagedKVConnector(GPUConnectorInterface):
         def write(key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, slots: torch.Tensor) -> None:
             impl.do_kv_cache_update(layer, key, value, scratch, slots)
 
+        # Written as another shape than the layer's, a block is overrun: vLLM's kernels do not check.
+        shape = tuple(getattr(impl, part, None) for part in ("num_kv_heads", "head_size"))
+        if None not in shape and shape != (self._heads, self._head_size):
+            raise UnsupportedKVLayout(
+                f"layer {name} has {shape[0]} KV heads of {shape[1]}, the model's configuration says {self._heads} of "
+                f"{self._head_size}: layers of different shapes cannot be moved"
+            )
         # The attention kernel's block may be a part of the scheduler's: what counts is how many tokens a block holds.
         block_size = cache[0].numel() // (2 * self._heads * self._head_size)
         shape = (self._heads, block_size, self._head_size)

@@ -17,6 +17,16 @@ def refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
         raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
 
 
+def refuse_recurrent_models(vllm_config: VllmConfig) -> None:
+    """Raise UnsupportedKVLayout if the model keeps a recurrent state: it has no place for each token."""
+    model = vllm_config.model_config
+    if getattr(model, "is_attention_free", False) is True or getattr(model, "has_inner_state", False) is True:
+        raise UnsupportedKVLayout(
+            "models with Mamba or linear attention layers are not supported: their state cannot be stored by tokens; "
+            "take another model, or serve this one without a KV connector"
+        )
+
+
 def choose_copy(vllm_config: VllmConfig, asked: str) -> str:
     """Who copies between the KV cache and chunks: "own", "stock" (LMCache) or "auto": own if the layout is learned.
 

@@ -59,6 +59,16 @@ class Announcements:
         self._ended |= ended.keys()
         return [max(states) for states in ended.values()]
 
+    def take_reused(self, count: int) -> list[int]:
+        """What workers say that each of the next ``count`` requests reuses, in the order of the requests."""
+        told: dict[str, int] = {}
+        while len(told) < count:
+            self._socket.settimeout(ANNOUNCED_WITHIN_S)
+            message = json.loads(self._socket.recv(4096))
+            if "reused" in message:
+                told[message["id"]] = message["reused"]
+        return [tokens for _, tokens in sorted(told.items(), key=lambda item: int(item[0].split("-")[0]))]
+
 
 def make_llm(arguments: list[str]) -> Any:
     from vllm import LLM

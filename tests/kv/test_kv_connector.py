@@ -516,6 +516,26 @@ def test_refuses_unknown_layers_and_layouts():
         connector_for({"layer": layer}).register({"layer": torch.zeros(4, 2, 32, 64)})
 
 
+def test_refuses_layers_of_another_shape_than_the_models():
+    """vLLM's cache update runs past a block that has fewer heads than the layer: it hung here."""
+    written = []
+    impl = SimpleNamespace(num_kv_heads=4, head_size=32, do_kv_cache_update=lambda *a: written.append(a))
+    with pytest.raises(UnsupportedKVLayout, match="has 4 KV heads of 32, the model's configuration says 2 of 32"):
+        connector_for({"layer": SimpleNamespace(impl=impl)}).register({"layer": torch.zeros(4, 4, 32, 64)})
+    assert written == []
+
+
+def test_models_with_a_recurrent_state_are_refused():
+    config = vllm_config()
+    support.refuse_recurrent_models(config)
+    for name in ("is_attention_free", "has_inner_state"):
+        config = vllm_config()
+        setattr(config.model_config, name, True)
+        config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
+        with pytest.raises(UnsupportedKVLayout, match="Mamba or linear attention layers are not supported"):
+            LMCacheDisaggConnectorV1(config, KVConnectorRole.SCHEDULER)
+
+
 def test_is_lmcaches_connector_to_vllm_and_to_the_gaudi_plugin():
     assert "LMCache" in LMCacheDisaggConnectorV1.__name__
     assert issubclass(LMCacheDisaggConnectorV1, KVConnectorBase_V1)
