@@ -34,6 +34,11 @@ class Configs(dict[str, Any]):
     """``kv_transfer_params`` as made here; a client's, from JSON, can only be a plain dict."""
 
 
+def not_to_be_stored(configs: Mapping[str, Any] | None) -> bool:
+    """Whether a request with these ``request_configs`` asked not to be stored."""
+    return bool((configs or {}).get(SKIP_SAVE))
+
+
 def model_key(name: str, fingerprint: str) -> str:
     """The model's part of a key: short, and without characters that mean something in a key."""
     readable = re.sub(r"[^A-Za-z0-9._-]", "-", name.rstrip("/").rpartition("/")[2])[:20]

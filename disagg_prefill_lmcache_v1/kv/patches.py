@@ -31,6 +31,7 @@ from lmcache.integration.vllm.vllm_v1_adapter import ReqMeta
 from lmcache.v1.storage_backend.connector.instrumented_connector import InstrumentedRemoteConnector
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 
+from disagg_prefill_lmcache_v1.kv.identity import not_to_be_stored
 from disagg_prefill_lmcache_v1.kv.stores import registry
 from disagg_prefill_lmcache_v1.kv.stores.base import Store, StoreUnavailable
 from disagg_prefill_lmcache_v1.kv.stores.client import StoreClient
@@ -105,7 +106,7 @@ def tail_to_store(impl: Any, tracker: Any, said: ReqMeta | None) -> ReqMeta | No
         said: what LMCache itself says of the request in this step; what is returned takes its place.
     """
     saved, decoding, tokens = tracker.num_saved_tokens, tracker.is_decode_phase, tracker.token_ids
-    skipped = tracker.skip_save or (tracker.request_configs or {}).get("lmcache.skip_save", False)
+    skipped = tracker.skip_save or not_to_be_stored(tracker.request_configs)
     if skipped or impl._discard_partial_chunks or len(tokens) < tracker.prompt_len or saved >= tracker.prompt_len:
         return None
     tracker.num_saved_tokens, tracker.is_decode_phase = 0, False

@@ -13,7 +13,7 @@ from lmcache.integration.vllm.utils import (
 from lmcache.logging import init_logger
 
 from disagg_prefill_lmcache_v1.kv import patches
-from disagg_prefill_lmcache_v1.kv.identity import Identities
+from disagg_prefill_lmcache_v1.kv.identity import Identities, not_to_be_stored
 from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, LoadScheduler
 from disagg_prefill_lmcache_v1.kv.meter import LoadStats
 from disagg_prefill_lmcache_v1.kv.reuse import ReuseAccount
@@ -126,7 +126,7 @@ class DisaggScheduler:
         for request in scheduler_output.scheduled_new_reqs:
             self._announcer.begin(request.req_id)
             tracker = trackers.get(request.req_id)
-            if tracker is not None and (tracker.request_configs or {}).get("lmcache.skip_save", False):
+            if tracker is not None and not_to_be_stored(tracker.request_configs):
                 self._announcer.end(request.req_id, 0, 1, "none")
         for request_id in scheduler_output.num_scheduled_tokens:
             if request_id in trackers:

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from disagg_prefill_lmcache_v1.kv import patches
 from disagg_prefill_lmcache_v1.kv.device_copy import CudaCopy, HostCopy
 from disagg_prefill_lmcache_v1.kv.engine import make_engine
+from disagg_prefill_lmcache_v1.kv.identity import not_to_be_stored
 from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, StepMetadata
 from disagg_prefill_lmcache_v1.kv.loader import BackgroundLoader
@@ -231,6 +232,8 @@ class DisaggWorker:
     def step_end(self, requests: list[Any]) -> None:
         """All that the step stores is on its way: announce it."""
         for request in requests if self._tracker is not None else ():
+            if not_to_be_stored(request.request_configs):
+                continue  # the scheduler has said so: looked up here, it would be told as failed
             # is_last_prefill stays true while decoding; only the step that had something to say about storing counts
             if request.is_last_prefill and request.save_spec is not None:
                 self._tracker.confirm(request.req_id, list(request.token_ids), request.request_configs)

@@ -17,8 +17,10 @@ pytest.importorskip("lmcache", reason="LMCache is not installed: its connector i
 from lmcache.integration.vllm.vllm_v1_adapter import (
     LMCacheConnectorMetadata,
     LMCacheConnectorV1Impl,
+    LoadSpec,
     ReqMeta,
     RequestTracker,
+    SaveSpec,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
@@ -140,6 +142,20 @@ def test_every_request_is_announced_once_and_unstored_ones_end():
     assert unstored.step(70) is None
     assert unstored.step(30) is None
     assert unstored.heard.said == [("begin", "r"), ("end", "r", "none", "")]
+
+
+def test_an_unstored_request_whose_beginning_the_store_has_is_looked_up_by_no_worker():
+    """LMCache speaks of such a request, for its load; a lookup of what was never to be stored would fail."""
+    worker = make_worker(SimpleNamespace())
+    asked = []
+    worker._tracker = SimpleNamespace(confirm=lambda request_id, *_: asked.append(request_id))
+    stored, unstored = (
+        ReqMeta(name, [0] * 70, torch.arange(70), is_last_prefill=True, save_spec=SaveSpec(64, name == "stored"),
+                load_spec=LoadSpec(0, 64, True), request_configs={"lmcache.skip_save": name == "unstored"})
+        for name in ("stored", "unstored")
+    )  # fmt: skip
+    worker.step_end([stored, unstored])
+    assert asked == ["stored"]
 
 
 # loads
