@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
 import time
 from collections import OrderedDict
@@ -36,8 +35,6 @@ from disagg_prefill_lmcache_v1.kv.visibility import (
     Visibility,
     with_request_id,
 )
-
-logger = logging.getLogger(__name__)
 
 TOLD_WITHIN_S = 1.0  # of an answer that has ended
 _child = re.compile(r"[0-9]+_").match  # vLLM's id of one of several choices begins with its number
@@ -124,9 +121,11 @@ class TellReuse:
         self._listener: Listener | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if not self._name or scope["type"] != "http" or scope["path"] not in GENERATING or not self._listens():
+        if not self._name or scope["type"] != "http" or scope["path"] not in GENERATING:
             await self._app(scope, receive, send)
             return
+        if self._listener is None:
+            self._listener = Listener(self._name)
         scope, token = with_request_id(scope)
         reuse = self._listener.watch(token, scope.setdefault("state", {}), Reuse())
         start: Message | None = None
@@ -148,15 +147,6 @@ class TellReuse:
             await self._app(scope, receive, tell)
         finally:
             self._listener.forget(token, reuse)
-
-    def _listens(self) -> bool:
-        if self._listener is None:
-            try:
-                self._listener = Listener(self._name)
-            except OSError as error:  # another API server of this engine has the address
-                logger.warning("What is reused is told by another process than this one: %s", error)
-                self._name = ""
-        return self._listener is not None
 
     async def _header(self, reuse: Reuse, within_s: float) -> list[tuple[bytes, bytes]]:
         self._listener.drain()

@@ -20,13 +20,16 @@ has to know. The answer says how it went:
 A request with the header ``x-kv-hold: off`` is answered at once, as without this module.
 
 Messages are datagrams on an abstract Unix socket named by ``DISAGG_KV_VISIBILITY`` ("@name"); unset, nothing is sent
-and nothing held. Only the standard library is used: this module is imported by the API server and by the engine.
+and nothing held. Where vLLM runs several API server processes (``--api-server-count``, data parallelism), the first
+that serves takes that name, the next ones "@name.1" and so on; the engines tell all of them. Only the standard library
+is used: this module is imported by the API server and by the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import queue
 import socket
@@ -46,14 +49,17 @@ GENERATING = frozenset(
 _RECEIVE_BUFFER = 4 << 20  # bytes; a datagram is about 150
 _SEND_TIMEOUT_S = 5.0
 _ANNOUNCE_TIMEOUT_S = 1.0
+_API_SERVERS = 64  # processes of one vLLM server, at most
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 
 
-def _address(name: str) -> str:
-    return "\0" + name[1:] if name.startswith("@") else name
+def _addresses(name: str) -> list[str]:
+    """Where the API server processes listen, in the order in which they are taken."""
+    first = "\0" + name[1:] if name.startswith("@") else name
+    return [first, *(f"{first}.{i}" for i in range(1, _API_SERVERS))]
 
 
 class Announcer:
@@ -61,7 +67,7 @@ class Announcer:
 
     def __init__(self, name: str | None = None) -> None:
         name = from_environment().visibility if name is None else name
-        self._address = _address(name)
+        self._addresses = _addresses(name)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if name else None
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         if self._socket is not None:
@@ -106,9 +112,10 @@ class Announcer:
         # In a thread: Linux queues few datagrams (net.unix.max_dgram_qlen), a step can schedule more requests, and
         # neither may a message be lost nor the engine wait for the API server.
         while (data := self._queue.get()) is not None:
-            # No listener: no HTTP request was served yet, or offline use.
+            # The first address without a listener ends the row: no HTTP request was served yet, or offline use.
             with contextlib.suppress(OSError):
-                self._socket.sendto(data, self._address)
+                for address in self._addresses:
+                    self._socket.sendto(data, address)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -191,10 +198,21 @@ class Listener:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         self._socket.setblocking(False)
-        self._socket.bind(_address(name))
+        self._bind(name)
         self._waiting: dict[str, list[Visibility]] = {}
         self._states: dict[Visibility, MutableMapping[str, Any]] = {}
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self.drain)
+
+    def _bind(self, name: str) -> None:
+        """Take the first address that no other API server process has. Raises OSError."""
+        for address in _addresses(name):
+            try:
+                self._socket.bind(address)
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        raise OSError(errno.EADDRINUSE, f"{name}: {_API_SERVERS} API servers listen already")
 
     def watch(self, token: str, state: MutableMapping[str, Any] | None = None, watcher: Any = None) -> Any:
         """A Visibility, or ``watcher``, that hears of the request with this X-Request-Id and this ASGI state."""

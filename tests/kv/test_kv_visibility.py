@@ -306,6 +306,25 @@ def test_an_end_may_overtake_its_begin(name):
     run(scenario())
 
 
+def test_several_api_servers_each_hear_of_their_own_requests(name):
+    async def scenario():
+        engines = [FakeEngine(name) for _ in range(3)]
+        calls = [
+            Call(HoldUntilVisible(engine), headers=((b"x-request-id", b"request-%d" % i),))
+            for i, engine in enumerate(engines)
+        ]
+        for call, engine in zip(calls, engines, strict=True):
+            assert await held(call, engine)
+        for i in (2, 0, 1):
+            engines[i].end(0, 1, "stored", transfer_ms=float(i))
+            await calls[i].task
+            assert calls[i].headers["x-kv-state"] == "stored"
+            assert calls[i].headers["x-kv-transfer-ms"] == f"{i}.00"
+        assert all(call.task.done() for call in calls)
+
+    run(scenario())
+
+
 def test_late_announcement_is_waited_for(name):
     async def scenario():
         engine = FakeEngine(name, begin=False)
@@ -326,7 +345,7 @@ def test_foreign_datagrams_are_ignored(name):
         call = Call(HoldUntilVisible(engine))
         await engine.answered.wait()
         for junk in (b"", b"\xff", b"[]", b"{}", json.dumps({"id": 7}).encode(), b'{"id": "cmpl-abc-0", "state": "x"}'):
-            engine.announcer._socket.sendto(junk, engine.announcer._address)
+            engine.announcer._socket.sendto(junk, engine.announcer._addresses[0])
         assert await held(call, engine)
         engine.end(0, 1, "stored")
         await call.task
