@@ -1,11 +1,11 @@
 """One vLLM engine that stores KV and loads it again, for tests of what is reused and whether answers stay equal.
 
-    python tests/helpers/one_engine.py SPEC.json ANSWERS.json
+    python tests/helpers/one_engine.py ARGUMENTS... < STEPS
 
-The spec has ``arguments`` (as for ``vllm serve``) and ``steps``. Each step is a list of requests that are in flight
-together, or "reset": forget vLLM's own prefix cache, so that what comes next is in the store or nowhere. A request has
-``prompt`` (token ids) and may have ``max_tokens``, ``salt``, ``lora`` ([name, number, path]), ``params``
-(``kv_transfer_params``) and ``image`` (a seed).
+ARGUMENTS are those of ``vllm serve``. Each line of STEPS is JSON: ``{"steps": [...], "answers": FILE}``. A step is a
+list of requests that are in flight together, or "reset": forget vLLM's own prefix cache, so that what comes next is in
+the store or nowhere. A request has ``prompt`` (token ids) and may have ``max_tokens``, ``salt``, ``lora`` ([name,
+number, path]), ``params`` (``kv_transfer_params``) and ``image`` (a seed).
 
 Answers: for each step of requests their token ids and ``cached_tokens``, the tokens that the workers say they loaded,
 and the states that the engine announced once the step's KV was in the store, or was told not to be.
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import socket
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 ANNOUNCED_WITHIN_S = 60.0
-QUIET_S = 0.05
 
 
 class Announcements:
@@ -33,16 +34,22 @@ class Announcements:
         os.environ["DISAGG_KV_VISIBILITY"] = f"@{name}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{name}")
+        self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        # always read: the kernel queues few, and the engine gives a message up that it cannot send for seconds
+        threading.Thread(target=self._read, daemon=True).start()
         self.reused: dict[str, int] = {}
         self._ended: set[str] = set()
+
+    def _read(self) -> None:
+        while True:
+            self._said.put(self._socket.recv(4096))
 
     def take(self, count: int) -> list[str]:
         """States of ``count`` requests, when all have been said."""
         ended: dict[str, list[str]] = {}
         begun: set[str] = set()
         while len(ended) < count or not begun <= ended.keys():
-            self._socket.settimeout(ANNOUNCED_WITHIN_S)
-            message = json.loads(self._socket.recv(4096))
+            message = json.loads(self._said.get(timeout=ANNOUNCED_WITHIN_S))
             if "reused" in message:
                 self.reused[message["id"]] = message["reused"]
                 continue
@@ -126,16 +133,19 @@ def loaded_tokens() -> int:
 
 
 def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
     announcements = Announcements()
-    llm = make_llm(spec["arguments"])
-    answers = []
-    for step in spec["steps"]:
-        if step == "reset":
-            assert llm.reset_prefix_cache(), "the prefix cache is in use"
-        else:
-            answers.append(run(llm, announcements, step))
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    llm = make_llm(sys.argv[1:])
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answers = []
+        for step in asked["steps"]:
+            if step == "reset":
+                assert llm.reset_prefix_cache(), "the prefix cache is in use"
+            else:
+                answers.append(run(llm, announcements, step))
+        file = Path(asked["answers"])
+        file.with_suffix(".part").write_text(json.dumps(answers))
+        file.with_suffix(".part").rename(file)
     llm.llm_engine.engine_core.shutdown()
     sys.stdout.flush()
     os._exit(0)  # all is ended: the interpreter's own clean-up would take seconds

@@ -42,9 +42,9 @@ def test_answers_are_right_whatever_becomes_of_the_loads(store, tmp_path, async_
     }  # fmt: skip
     again = ["reset", requests, "reset", requests, "reset", *([request] for request in requests[-3:])]
     computed, *loads = run_engine(
-        MODEL, store, [requests, *again], tmp_path, ["--kv-transfer-config", json.dumps(connector)],
+        MODEL, store, tmp_path, ["--kv-transfer-config", json.dumps(connector)],
         {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}", "DISAGG_KV_ASYNC_LOAD": async_load,
-         "FAILING_LOADS": failing},
+         "FAILING_LOADS": failing}, steps=[requests, *again],
     )  # fmt: skip
     (log,) = (path.read_text() for path in tmp_path.glob("*.log"))
     assert ("beside the engine's steps" in log) is (async_load == "always")
