@@ -31,8 +31,11 @@ def server():
 
 def send(server, data):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # the server has seen enough and closed
         connection.settimeout(5)
         with contextlib.suppress(ConnectionResetError):
             while connection.recv(4096):  # until the server has seen the end
