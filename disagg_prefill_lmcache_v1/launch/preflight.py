@@ -117,21 +117,34 @@ def import_problems(modules: Sequence[str]) -> list[str]:
     return problems
 
 
+# What a Redis (or Valkey) may be beside one server: chunks are read by one address.
+REDIS_MODES = {
+    "cluster": "is a cluster, which is not supported: give one server that holds all keys, or a proxy before it",
+    "sentinel": "is a sentinel, which holds no keys: give the address of the server that it names as the master",
+}
+
+
 def redis_problems(url: str) -> list[str]:
-    """One line if the Redis at this URL does not answer PING within 5 seconds. The password is never shown."""
+    """One line if the Redis at this URL does not answer PING within 5 seconds, or is none that holds chunks.
+
+    The password is never shown.
+    """
     shown = re.sub(r"://([^:@/]*):.*@", r"://\1:***@", re.sub(r"([?&]password=)[^&]*", r"\1***", url))
     try:
         import redis
 
+        mode = ""
         client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5)
         client.ping()
+        with contextlib.suppress(redis.exceptions.NoPermissionError):  # an ACL user need not be allowed to ask
+            mode = client.info("server").get("redis_mode")
         client.close()
     except ImportError:
         return ["the Python module redis is missing: install redis"]
     except Exception as error:  # redis raises many kinds, all of which mean the same here
         name = type(error).__name__
         return [f"Redis at {shown} does not answer PING ({name}): start it, or give another --redis-url"]
-    return []
+    return [f"Redis at {shown} {REDIS_MODES[mode]}"] if mode in REDIS_MODES else []
 
 
 def requirements(extra: str) -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -21,6 +24,7 @@ from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
 from lmcache.v1.storage_backend.connector.redis_connector import RedisConnector
 
 from disagg_prefill_lmcache_v1.kv.stores import base, registry
+from disagg_prefill_lmcache_v1.launch.ports import is_listening
 from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, read_secret
 
 
@@ -146,6 +150,35 @@ def test_unreachable_store_is_refused_at_once_without_its_password(loop):
     with pytest.raises(base.StoreUnavailable) as error:
         registry.connect(f"redis://:geheim@127.0.0.1:{port}", loop, Staging())
     assert "geheim" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: it makes the certificate")
+def test_redis_by_tls_as_a_user_who_may_do_little(loop, tmp_path):
+    certificate, private = tmp_path / "certificate.pem", tmp_path / "private.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", private, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (port,) = free_ports(1)
+    settings = tmp_path / "redis.conf"
+    settings.write_text(
+        f"bind 127.0.0.1\nport 0\ntls-port {port}\ntls-cert-file {certificate}\ntls-key-file {private}\n"
+        f'tls-ca-cert-file {certificate}\ntls-auth-clients no\nsave ""\ndir {tmp_path}\nuser default off\n'
+        "user kv on >s3cret ~* -@all +ping +set +get +getrange +exists\n"
+    )
+    url = f"rediss://kv:s3cret@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+    with subprocess.Popen(["redis-server", settings], stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: is_listening(port), "Redis listens")
+            client = Client(SimpleNamespace(url=url), loop)
+            objs = [chunk(client.staging), chunk(client.staging, 5)]
+            client.put([key("tls a"), key("tls b")], objs)
+            assert client.connector.count_present([key("tls a"), key("tls b"), key("tls c")]) == 2
+            found = client.get([key("tls a"), key("tls b")])
+            assert all(torch.equal(one.tensor, other.tensor) for one, other in zip(found, objs, strict=True))
+        finally:
+            server.kill()
 
 
 def test_other_stores_are_left_to_lmcache(loop):

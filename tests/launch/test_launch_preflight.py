@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import tomllib
-from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports
+from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, REPOSITORY, STANDINS, Launch, free_ports, wait_until
 
 from disagg_prefill_lmcache_v1.launch import devices, preflight, profiles
 from disagg_prefill_lmcache_v1.launch.devices import assign_cards
+from disagg_prefill_lmcache_v1.launch.ports import is_listening
+from disagg_prefill_lmcache_v1.launch.preflight import redis_problems
 from disagg_prefill_lmcache_v1.same_user import listen
 
 
@@ -306,6 +308,31 @@ def test_an_unreachable_redis_is_refused_at_once(launch: Launch) -> None:
     )
     assert f"Redis at redis://:***@127.0.0.1:{port} does not answer PING" in line
     assert "s3cret" not in line
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+@pytest.mark.parametrize("mode", ["cluster", "sentinel", "standalone", "unprivileged"])
+def test_a_redis_that_holds_no_chunks_is_refused(tmp_path: Path, mode: str) -> None:
+    (port,) = free_ports(1)
+    configuration = {
+        "cluster": "cluster-enabled yes",
+        "sentinel": "sentinel monitor here 127.0.0.1 1 1",
+        "unprivileged": "user default on nopass ~* -@all +ping +get +set +exists",
+    }.get(mode, "")
+    file = tmp_path / "redis.conf"
+    file.write_text(f'bind 127.0.0.1\nport {port}\nprotected-mode no\nsave ""\ndir {tmp_path}\n{configuration}\n')
+    words = ["redis-server", str(file), *(["--sentinel"] if mode == "sentinel" else [])]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: is_listening(port), "Redis listens", 20)
+            problems = redis_problems(f"redis://127.0.0.1:{port}")
+        finally:
+            server.kill()
+    if mode in ("standalone", "unprivileged"):
+        assert problems == []
+    else:
+        (line,) = problems
+        assert line.startswith(f"Redis at redis://127.0.0.1:{port} is a {mode}")
 
 
 @pytest.fixture
