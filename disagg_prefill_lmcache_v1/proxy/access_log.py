@@ -45,6 +45,10 @@ class AccessLog:
             text += f',"kv_state":"{request.kv_state}"'
             if request.kv_wait_ms >= 0:
                 text += f',"kv_wait_ms":{request.kv_wait_ms:.1f}'
+        if request.way:
+            text += f',"route":"{request.way}","route_reason":"{request.way_reason}"'
+            if request.expected_s >= 0:
+                text += f',"expected_ttft_ms":{request.expected_s * 1000:.1f}'
         if request.decoder:
             text += f',"decoder":"{request.decoder}"'
             if request.decode_s >= 0:

@@ -21,6 +21,7 @@ from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
+from disagg_prefill_lmcache_v1.proxy.route_chooser import make_chooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upkeep import Upkeep
 
@@ -87,9 +88,11 @@ def _build(
         prefillers, decoders = read_members(settings.upstreams_file)
     pools = app.state.pools = (Pool(PREFILL, prefillers, settings, metrics), Pool(DECODE, decoders, settings, metrics))
     prefill = PrefillStage(settings, pools[0], metrics)
-    decode = DecodeStage(settings, pools[1], metrics)
+    chooser = make_chooser(settings, *pools, metrics)
+    decode = DecodeStage(settings, pools[1], metrics, chooser)
     adapters = AdapterStage(pools, settings.prefill_timeout_s)
-    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, functools.partial(_call, app))
+    own_route = functools.partial(_call, app)
+    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, own_route, chooser)
     values = metrics.values
     upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,

@@ -14,6 +14,7 @@ from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, Pool
 from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
 from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter, told_reuse
@@ -32,7 +33,8 @@ _WORDS = {
 class DecodeStage:
     """Sends requests to the servers of one pool and their answers to the clients."""
 
-    def __init__(self, settings: Settings, pool: Pool, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, pool: Pool, metrics: Metrics, chooser: RouteChooser | None = None) -> None:
+        self._chooser = chooser
         self._limits = Limits(begin_s=settings.decode_timeout_s, silence_s=settings.stream_idle_timeout_s)
         self._pool = pool
         self._metrics = metrics
@@ -54,6 +56,8 @@ class DecodeStage:
             if upstream is None:
                 raise _failed(failure)
             request.decoder = upstream.authority
+            if self._chooser is not None:
+                self._chooser.decoding(request, upstream)
             upstream.in_flight += 1
             values[self.in_flight] += 1.0
             try:

@@ -22,6 +22,7 @@ from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHead
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
 from disagg_prefill_lmcache_v1.proxy.timing import PARTS, ttft_parts
@@ -44,7 +45,7 @@ class RequestHandler:
 
     def __init__(
         self, settings: Settings, metrics: Metrics, access_log: AccessLog | None, prefill: PrefillStage,
-        decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute,
+        decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute, chooser: RouteChooser | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._metrics = metrics
@@ -53,6 +54,7 @@ class RequestHandler:
         self._decode = decode
         self._adapters = adapters
         self._own_route = own_route
+        self._chooser = chooser
         self._own_paths = OWN_PATHS | {status.PAGE, status.DATA} if settings.status_page else OWN_PATHS
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
@@ -166,7 +168,7 @@ class RequestHandler:
         if shaped is None:
             reason = "decode_only" if alone else "no_prompt" if fields is None else "stored_response"
             self._metrics.add("disagg_prefill_skipped", reason)
-        else:
+        elif self._chooser is None or not self._chooser.choose(request, fields or {}):
             refusal = await self._prefill.run(request, shaped, fields)
             if refusal is not None:
                 pass_on(client, request, refusal)
@@ -184,6 +186,8 @@ class RequestHandler:
             request.parts = ttft_parts(request, request.ttft_s)
             metrics.observe_each(self._parts, request.parts)
             metrics.add("disagg_streamed_bytes", by=float(request.sent))
+        if self._chooser is not None:
+            self._chooser.finished(request)
         if request.prefill_outcome:
             self._count((request.route, "prefill", request.prefill_outcome))
         self._count((request.route, request.stage, request.outcome))

@@ -146,6 +146,8 @@ def own_lines(request: RequestContext) -> bytes:
             text += f"x-kv-transfer-ms: {request.kv_transfer_ms:.1f}\r\n"
     if request.reused_tokens >= 0:
         text += f"x-reused-tokens: {request.reused_tokens}\r\n"
+    if request.way:
+        text += f"x-route: {request.way}; reason={request.way_reason}\r\n"
     return text.encode()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from disagg_prefill_lmcache_v1.proxy.routing import Load
 from disagg_prefill_lmcache_v1.proxy.upstream import Client, UpstreamError
 
 log = logging.getLogger("disagg_proxy")
@@ -30,6 +31,7 @@ class Upstream:
         "host_line",
         "in_flight",
         "kv_degraded",
+        "load",
         "name",
         "open_until",
         "refusing",
@@ -47,6 +49,7 @@ class Upstream:
         self.authority = client.address.authority
         self.host_line = b"host: " + self.authority.encode() + b"\r\n"
         self.in_flight = 0
+        self.load = Load()  # its prompts, as the choice of a route sees them
         self.kv_degraded = False  # its KV caches do not reach the store
         self.up = True  # gets requests: nothing speaks against it
         self.healthy = False  # has passed a check or answered, and nothing has spoken against it since

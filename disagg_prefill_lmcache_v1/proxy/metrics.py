@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "disagg_requests": ("counter", "Requests by route, stage and outcome", ("route", "stage", "outcome")),
     "disagg_retries": ("counter", "Requests tried again on another server", ("role",)),
     "disagg_prefill_skipped": ("counter", "Generating requests sent to the decoder alone", ("reason",)),
+    "disagg_routes": ("counter", "Requests by the way that was chosen for them, and why", ("way", "reason")),
     "disagg_kv_state": ("counter", "Prefill answers by the state of their KV cache in the store", ("state",)),
     "disagg_prompt_tokens": ("counter", "Prompt tokens of the answers that told them", ()),
     "disagg_reused_tokens": ("counter", "Prompt tokens that the decoder took from the KV cache", ()),

@@ -14,6 +14,7 @@ from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.route_chooser import begin_prefill
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
 
@@ -94,6 +95,8 @@ class PrefillStage:
         values = self._metrics.values
         begin = time.perf_counter()
         request.prefill_sent = request.prefill_sent or begin
+        tokens = request.route_tokens
+        ahead = begin_prefill(upstream.load, tokens) if tokens else 0.0
         upstream.in_flight += 1
         values[self.in_flight] += 1.0
         try:
@@ -101,11 +104,14 @@ class PrefillStage:
                 head + body[0] if len(body) == 1 else (head, *body), limits=self._limits
             )
         finally:
+            upstream.load.tokens -= tokens
             upstream.in_flight -= 1
             values[self.in_flight] -= 1.0
         request.prefill_answered = end = time.perf_counter()
         request.prefill_s = end - begin
         self._metrics.observe(self._seconds, request.prefill_s)
+        if tokens and response.status < 300:
+            upstream.load.line.note(ahead, request.prefill_s)
         if not response.complete:
             response.connection.abort()
         return response

@@ -103,6 +103,8 @@ class StreamRelay:
             self._metrics.observe(self._itl, now - self._last)
         else:
             self._request.ttft_s = now - self._request.start
+            if self._request.on_first_token is not None:
+                self._request.on_first_token()
         self._last = now
         if self._request.want_usage and b'"usage"' in data:
             self.usage = data

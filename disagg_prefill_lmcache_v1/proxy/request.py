@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 
 class RequestContext:
@@ -17,11 +18,13 @@ class RequestContext:
         "decoder",
         "error_detail",
         "event_stream",
+        "expected_s",
         "headers",
         "kv_state",
         "kv_transfer_ms",
         "kv_wait_ms",
         "method",
+        "on_first_token",
         "outcome",
         "parts",
         "path",
@@ -35,6 +38,8 @@ class RequestContext:
         "request_id",
         "reused_tokens",
         "route",
+        "route_bytes",
+        "route_tokens",
         "sent",
         "stage",
         "start",
@@ -42,6 +47,8 @@ class RequestContext:
         "target",
         "ttft_s",
         "want_usage",
+        "way",
+        "way_reason",
     )
 
     def __init__(
@@ -69,6 +76,10 @@ class RequestContext:
         self.parts: dict[str, float] = {}  # of ttft_s
         self.prompt_tokens = self.cached_tokens = self.reused_tokens = -1
         self.prefiller = self.decoder = ""
+        self.way = self.way_reason = ""  # pair or direct, where that was a choice (route_chooser.py)
+        self.expected_s = -1.0  # to the first token, when it was chosen
+        self.route_bytes, self.route_tokens = 0, 0.0  # of the prompt, as estimated then
+        self.on_first_token: Callable[[], None] | None = None
         self.sent = 0  # bytes of the answer's body
         self.event_stream = False
         self.want_usage = False  # whether the end of an event stream tells the usage

@@ -32,6 +32,19 @@ class Settings:
     decoder_port: int = setting(8200, "port of the decode server", low=1, high=65535)
     prefiller: tuple[str, ...] = setting((), "URL of a prefill server; repeat for several (replaces the host and port)")
     decoder: tuple[str, ...] = setting((), "URL of a decode server; repeat for several (replaces the host and port)")
+    route: str = setting(
+        "always", "which requests a prefill server gets: always: all; never: none; auto: those whose first token it "
+        "brings sooner, or whose prompt would hold up other answers; TOKENS: prompts of at least so many tokens",
+        pattern="always|never|auto|[1-9][0-9]{0,8}", allowed="always, never, auto or a number of tokens",
+    )  # fmt: skip
+    ttft_target_ms: float = setting(
+        0.0, "--route auto: a prefill server is asked while the first token is expected within this; 0: no such target",
+        low=0,
+    )  # fmt: skip
+    itl_target_ms: float = setting(
+        30.0, "--route auto: gap between tokens that 99 of 100 should keep; rounded down to a bucket of the ITL metric",
+        low=1,
+    )  # fmt: skip
     upstreams_file: str = setting(
         "", 'JSON file {"prefillers": [URL, ...], "decoders": [URL, ...]}, read again whenever it changes'
     )
