@@ -182,3 +182,17 @@ def test_every_command_is_tried_or_excused() -> None:
 def test_command(page: str, command: str, tmp_path: Path) -> None:
     if (try_it := way(command)) is not None:
         try_it(command, tmp_path)
+
+
+BY_HAND = [path for folder in ("benchmarks", "tests/stack") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
+BY_HAND = [path for path in BY_HAND if not path.name.startswith("test_") and "ArgumentParser(" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", BY_HAND, ids=name)
+def test_what_is_run_by_hand_starts(script: Path, tmp_path: Path) -> None:
+    """Outside pytest, from anywhere: with what the script itself finds."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [sys.executable, str(script), "--help"]
+    done = subprocess.run(words, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

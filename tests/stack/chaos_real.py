@@ -29,6 +29,9 @@ import time
 import urllib.request
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("helpers", "proxy")] + [str(ROOT)]
+
 from launch_harness import LAUNCHER, PACKAGE, REPOSITORY, free_ports
 from proxy_harness import ProxyProcess, wait_until
 from test_proxy_chaos import Answer, idle
