@@ -70,8 +70,7 @@ class Announcements:
         """What workers say that each of the next ``count`` requests reuses, in the order of the requests."""
         told: dict[str, int] = {}
         while len(told) < count:
-            self._socket.settimeout(ANNOUNCED_WITHIN_S)
-            message = json.loads(self._socket.recv(4096))
+            message = json.loads(self._said.get(timeout=ANNOUNCED_WITHIN_S))
             if "reused" in message:
                 told[message["id"]] = message["reused"]
         return [tokens for _, tokens in sorted(told.items(), key=lambda item: int(item[0].split("-")[0]))]
