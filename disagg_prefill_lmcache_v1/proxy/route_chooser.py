@@ -6,6 +6,7 @@ Nothing here runs with ``--route always``.
 
 from __future__ import annotations
 
+import re
 import time
 from bisect import bisect_right
 from typing import Any
@@ -19,6 +20,8 @@ from disagg_prefill_lmcache_v1.proxy.settings import Settings
 
 _TOKENS_PER_BYTE = 0.25  # of text, before any answer has told
 _LEARN = 0.1
+# Token ids, one prompt or a list of them, however they are set.
+_begins_with_ids = re.compile(rb"[ \t\r\n]*\[[\[ \t\r\n]*[0-9]").match
 
 
 class RouteChooser:
@@ -42,8 +45,8 @@ class RouteChooser:
         self._note_gaps()
         if not self._decoders.upstreams or not self._prefillers.upstreams:
             return False  # which is told as ever
-        decoder = min(self._decoders.upstreams, key=_in_flight)
-        prefiller = min(self._prefillers.upstreams, key=_tokens)
+        decoder = min(_up(self._decoders), key=_in_flight)
+        prefiller = min(_up(self._prefillers), key=_tokens)
         choice = self._router.choose(
             request.route_tokens, 0.0, prefiller.load, decoder.load, decoder.in_flight
         )  # fmt: skip
@@ -87,7 +90,7 @@ class RouteChooser:
         """(bytes of text, tokens) of the prompt; 0 bytes where it is token ids, which are counted."""
         value = next((fields[name] for name in ("prompt", "messages", "input") if name in fields), b"")
         text = bytes(value)
-        if text[:1] == b"[" and text[1:2].isdigit():
+        if _begins_with_ids(text):
             return 0, text.count(b",") + 1.0
         return len(text), len(text) * self._tokens_per_byte
 
@@ -110,6 +113,11 @@ def make_chooser(settings: Settings, prefillers: Pool, decoders: Pool, metrics: 
     if settings.route == ALWAYS or settings.decode_only:
         return None
     return RouteChooser(settings, prefillers, decoders, metrics)
+
+
+def _up(pool: Pool) -> list[Upstream]:
+    """Servers that requests go to: one that is down is idle, and tells nothing of the others."""
+    return [upstream for upstream in pool.upstreams if upstream.up] or pool.upstreams
 
 
 def _in_flight(upstream: Upstream) -> int:

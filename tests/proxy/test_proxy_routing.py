@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
+
 import httpx
 import pytest
 from proxy_harness import DEADLINE_S, Stack, stack
 
+from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
+from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.routing import AUTO, NEVER, Gaps, Line, Load, Router
 from disagg_prefill_lmcache_v1.proxy.settings import load_settings
 from disagg_prefill_lmcache_v1.settings import SettingsError
@@ -167,6 +175,50 @@ def test_a_direct_request_that_fails_leaves_no_work_behind() -> None:
             for _ in range(5):
                 ask(made, 100_000, mock=mock)
         assert way(ask(made, 50)).startswith("direct")
+
+
+async def with_two_servers_of_each_role(use: Callable[[RouteChooser, Pool, Pool], None]) -> None:
+    settings, metrics = load_settings(["--route", "auto"], {}), Metrics()
+    urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    prefillers, decoders = Pool(PREFILL, urls, settings, metrics), Pool(DECODE, urls, settings, metrics)
+    use(RouteChooser(settings, prefillers, decoders, metrics), prefillers, decoders)
+
+
+def test_a_server_that_is_down_does_not_count_as_idle() -> None:
+    def use(chooser: RouteChooser, prefillers: Pool, decoders: Pool) -> None:
+        for tokens in (500, 1000, 4000):
+            chooser._router.handover.note(tokens, 0.01)
+            for upstream in (*prefillers.upstreams, *decoders.upstreams):
+                upstream.load.line.note(tokens, 1e-4 * tokens)
+        fields = {"prompt": json.dumps([7] * 1000).encode()}
+
+        def choose(busy: Pool, other: Pool) -> RequestContext:
+            """The first server of ``busy`` is down; the second has much to do, those of ``other`` have less."""
+            busy.upstreams[0].up = False
+            busy.upstreams[1].in_flight, busy.upstreams[1].load.tokens = 9, 50_000
+            for upstream in other.upstreams:
+                upstream.load.tokens = 10_000
+            request = RequestContext("POST", "/v1/completions", b"/v1/completions", "/v1/completions", "id", b"")
+            chooser.choose(request, fields)
+            for upstream in (*busy.upstreams, *other.upstreams):
+                upstream.up, upstream.in_flight, upstream.load.tokens = True, 0, 0
+            return request
+
+        assert choose(prefillers, decoders).way == "direct"
+        assert choose(decoders, prefillers).way == "pair"
+
+    asyncio.run(with_two_servers_of_each_role(use))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("[1,2,3]", 3), ("[ 1, 2, 3 ]", 3), ("[\n  1,\n  2\n]", 2), ("[[1,2,3],[4,5]]", 5)]
+)
+def test_token_ids_are_counted_however_they_are_set(text: str, tokens: int) -> None:
+    def use(chooser: RouteChooser, *_: Pool) -> None:
+        assert chooser._length({"prompt": text.encode()}) == (0, tokens)
+        assert chooser._length({"prompt": b'["a text", "another"]'})[0] == 21
+
+    asyncio.run(with_two_servers_of_each_role(use))
 
 
 @pytest.mark.parametrize("value", ["sometimes", "0", "-1", "1.5"])
