@@ -182,6 +182,11 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
     for name in ("prefillers", "decoders"):
         if role and getattr(settings, name) > 1:
             raise UsageError(f"{configuration.source(name)} is the example's: start each server with its own port")
+    if backend.name == "nixl" and settings.decoders > 1:
+        raise UsageError(
+            f"--decoders {settings.decoders}: with --backend nixl all prefill servers write to one decode server: take "
+            "another --backend"
+        )
     if settings.advertise_host in WILDCARDS:
         raise UsageError(f"--advertise-host {settings.advertise_host}: allowed: what other machines can connect to")
     if is_loopback(settings.host):
@@ -191,6 +196,8 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
         raise UsageError(
             f"--host {settings.host}: the server of --backend {backend.name} is for this machine alone{other}"
         )
+    if role == "prefiller" and backend.name == "nixl" and not backend.url:
+        raise UsageError(f"--host {settings.host} with --backend nixl needs --kv-url: the decode server to write to")
     if role == "decoder" and backend.name == "nixl" and backend.reach != settings.host and not settings.advertise_host:
         raise UsageError(f"--host {settings.host} with --backend nixl needs --advertise-host: prefillers connect to it")
 

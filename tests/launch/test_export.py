@@ -160,12 +160,13 @@ def test_compose_files_follow_their_schema(flags: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("backend", ["lm", "redis", "shm", "nixl", "mp"])
 def test_units_are_what_systemd_takes(backend: str, tmp_path: Path) -> None:
-    texts = exported("systemd", "--device", "cpu", "--backend", backend, "--decoders", "2")
+    role = "prefiller" if backend == "nixl" else "decoder"  # with NIXL there is one decoder
+    texts = exported("systemd", "--device", "cpu", "--backend", backend, f"--{role}s", "2")
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    assert "disagg-prefill-decoder2.service" in texts
+    assert f"disagg-prefill-{role}2.service" in texts
     proxy = texts["disagg-prefill-proxy.service"]
-    assert proxy.count("disagg-prefill-decoder2.service") == 2, "started after it and stopped before it"
+    assert proxy.count(f"disagg-prefill-{role}2.service") == 2, "started after it and stopped before it"
     if shutil.which("systemd-analyze"):
         command = ["systemd-analyze", "verify", *map(str, sorted(tmp_path.iterdir()))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HARD_LIMIT_S, check=False)

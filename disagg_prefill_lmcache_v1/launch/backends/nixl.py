@@ -70,6 +70,4 @@ class Nixl(Backend):
             port = self.port + number_of(server) * self.ranks
             values |= {"DISAGG_NIXL_URL": f"nixl://{authority(self.host, port)}", "KV_NIXL_SIZE": self.kv_nixl_size}
             values["DISAGG_KV_RECEIVER"] = self.receiver(server)
-        elif not self.url and (self.decoders > 1 or not is_loopback(self.host)):
-            values["DISAGG_NIXL_URL"] = "nixl://"  # each request names the decoder
         return values
