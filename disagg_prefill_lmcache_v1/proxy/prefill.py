@@ -14,7 +14,6 @@ from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
-from disagg_prefill_lmcache_v1.proxy.route_chooser import begin_prefill
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
 
@@ -96,7 +95,7 @@ class PrefillStage:
         begin = time.perf_counter()
         request.prefill_sent = request.prefill_sent or begin
         tokens = request.route_tokens
-        ahead = begin_prefill(upstream.load, tokens) if tokens else 0.0
+        ahead = upstream.load.add(tokens) if tokens else 0.0
         upstream.in_flight += 1
         values[self.in_flight] += 1.0
         try:

@@ -15,7 +15,7 @@ from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import SECONDS, Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
-from disagg_prefill_lmcache_v1.proxy.routing import ALWAYS, Load, Router
+from disagg_prefill_lmcache_v1.proxy.routing import ALWAYS, Router
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 
 _TOKENS_PER_BYTE = 0.25  # of text, before any answer has told
@@ -63,8 +63,7 @@ class RouteChooser:
         if request.way != "direct":
             return
         load, tokens, answers = upstream.load, request.route_tokens, upstream.in_flight
-        load.tokens += tokens
-        ahead, begin, over = load.tokens, time.perf_counter(), self._over
+        ahead, begin, over = load.add(tokens), time.perf_counter(), self._over
 
         def first_token() -> None:
             request.on_first_token = None
@@ -100,12 +99,6 @@ class RouteChooser:
         if seen > self._seen:
             self._router.gaps.note(seen - self._seen, over - self._over)
             self._seen, self._over = seen, over
-
-
-def begin_prefill(load: Load, tokens: float) -> float:
-    """A prefill server is asked for a prompt; returns the tokens that it has to compute until this one is done."""
-    load.tokens += tokens
-    return load.tokens
 
 
 def make_chooser(settings: Settings, prefillers: Pool, decoders: Pool, metrics: Metrics) -> RouteChooser | None:

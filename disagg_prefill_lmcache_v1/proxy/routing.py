@@ -64,6 +64,11 @@ class Load:
         self.tokens = 0.0  # of the prompts that it computes or that wait there
         self.line = Line()  # seconds until a prompt is computed, over its tokens and those before it
 
+    def add(self, tokens: float) -> float:
+        """One more prompt is sent there; returns the tokens to compute until it is done. To be taken off then."""
+        self.tokens += tokens
+        return self.tokens
+
     def expect(self, tokens: float, other: Line | None = None) -> float:
         """Seconds until a prompt of so many tokens would be computed here; by ``other`` while nothing is known."""
         line = self.line if self.line.known or other is None else other
