@@ -68,6 +68,7 @@ class MachineStack:
         self._pool = ThreadPoolExecutor(AT_ONCE, initializer=lambda: enter(network.namespace("proxy")))
         self._direct = network.address(PREFILLERS[0]), 8100
         self.proxy = network.address("proxy"), PORT
+        self.answered = 0  # requests so far
 
     def url(self, machine: str, port: int) -> str:
         return f"http://{self.network.address(machine)}:{port}"
@@ -142,7 +143,9 @@ class MachineStack:
             body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
             body |= {"return_token_ids": True, "cache_salt": salt, **more}
             with places:
-                return _ask(f"http://{host}:{port}/v1/completions", body)
+                result = _ask(f"http://{host}:{port}/v1/completions", body)
+            self.answered += 1  # near enough, whatever threads do
+            return result
 
         return list(self._pool.map(one, prompts()[:count]))
 
@@ -214,8 +217,9 @@ def check_all(stack: MachineStack, say=print) -> None:
 
     cut_off = [DECODERS[1], "store" if stack.backend != "nixl" else PREFILLERS[1]]
     with ThreadPoolExecutor(1) as beside:
+        before = stack.answered
         running = beside.submit(stack.answers, "cut")
-        time.sleep(1)  # requests are under way; when exactly the cut comes does not matter
+        wait_until(lambda: stack.answered >= before + AT_ONCE, "requests are under way")
         with stack.cut_for(5.0, *cut_off):
             pass
         cut = running.result()
