@@ -126,7 +126,7 @@ def make_plan(configuration: Configuration[Settings], environ: Mapping[str, str]
     try:
         backend = make_backend(
             settings.backend, environ=environ, profile=profile.settings, host=settings.host, port=settings.kv_port,
-            ranks=settings.tensor_parallel_size, decoders=settings.decoders, advertise_host=settings.advertise_host,
+            ranks=settings.tensor_parallel_size, decoders=settings.decoders,
             url=url, run_dir=run_dir,
         )  # fmt: skip
     except SettingsError as error:
@@ -198,8 +198,6 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
         )
     if role == "prefiller" and backend.name == "nixl" and not backend.url:
         raise UsageError(f"--host {settings.host} with --backend nixl needs --kv-url: the decode server to write to")
-    if role == "decoder" and backend.name == "nixl" and backend.reach != settings.host and not settings.advertise_host:
-        raise UsageError(f"--host {settings.host} with --backend nixl needs --advertise-host: prefillers connect to it")
 
 
 def ports_of(settings: Settings, backend: Backend) -> dict[str, range]:

@@ -312,7 +312,7 @@ def test_every_variable_that_is_set_is_read_by_something() -> None:
     """By this project's code or profiles; others are those of Hugging Face and of the cluster."""
     code = "".join(path.read_text() for path in (ROOT / "disagg_prefill_lmcache_v1").rglob("*.py"))
     code += "".join(path.read_text() for path in (ROOT / "disagg_prefill_lmcache_v1" / "profiles").iterdir())
-    others = {"HOME", "HF_HOME", "HF_TOKEN", "REDIS_PASSWORD", "POD_IP", "DISAGG_PROXY_API_KEY"}
+    others = {"HOME", "HF_HOME", "HF_TOKEN", "REDIS_PASSWORD", "DISAGG_PROXY_API_KEY"}
     for overlay in OVERLAYS:
         for _, container, _ in containers(kustomize.render(KUBERNETES / "overlays" / overlay)):
             for variable in container["env"]:

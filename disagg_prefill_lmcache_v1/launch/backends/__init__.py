@@ -25,7 +25,6 @@ def make_backend(
     port: int | None,
     ranks: int,
     decoders: int = 1,
-    advertise_host: str = "",
     url: str = "",
     run_dir: Path = Path(),
 ) -> Backend:
@@ -38,6 +37,6 @@ def make_backend(
     own = resolve(kind, {}, environ, prefix="", fallback=profile, fallback_name="profile ").values
     port = kind.default_port if port is None else port
     return kind(
-        host="127.0.0.1" if kind.local else host, port=port, advertise_host=advertise_host, ranks=ranks,
+        host="127.0.0.1" if kind.local else host, port=port, ranks=ranks,
         decoders=decoders, url=url, run_dir=run_dir, **own,
     )  # fmt: skip

@@ -44,8 +44,8 @@ class Backend:
     """Base of all backends.
 
     ``host`` and ``port`` are where the KV server listens (without one: the first of ``ports`` in a row that the
-    decoders' ranks take), ``url`` that of a store which runs already ("": one is started here), ``advertise_host`` what
-    other machines call this one, ``run_dir`` where files of the stack lie.
+    decoders' ranks take), ``url`` that of a store which runs already ("": one is started here), ``run_dir`` where
+    files of the stack lie.
     """
 
     name: ClassVar[str]
@@ -65,7 +65,6 @@ class Backend:
 
     host: str = "127.0.0.1"
     port: int = 0
-    advertise_host: str = ""
     ranks: int = 1
     decoders: int = 1
     url: str = ""

@@ -56,10 +56,6 @@ class Nixl(Backend):
     def config(self, server: str) -> Path:
         return PACKAGE / "configs" / f"lmcache-{role_of(server)}-config.yaml"
 
-    def receiver(self, server: str) -> str:
-        """Where a decoder started here receives, as others reach it: HOST:PORT of its first rank."""
-        return authority(self.advertise_host or self.reach, self.port + number_of(server) * self.ranks)
-
     def environment(self, server: str, environ: Mapping[str, str]) -> dict[str, str]:
         values = plugin_environment(self, server, environ)
         # the caller's own, for servers on several machines
@@ -69,5 +65,4 @@ class Nixl(Backend):
         if role_of(server) == "decoder":
             port = self.port + number_of(server) * self.ranks
             values |= {"DISAGG_NIXL_URL": f"nixl://{authority(self.host, port)}", "KV_NIXL_SIZE": self.kv_nixl_size}
-            values["DISAGG_KV_RECEIVER"] = self.receiver(server)
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.export.kubernetes import CACHE, REQUIRED, STOP_S
-from disagg_prefill_lmcache_v1.launch.export.stack import OWN_ADDRESS, PASSWORD, Server, Stack
+from disagg_prefill_lmcache_v1.launch.export.stack import PASSWORD, Server, Stack
 from disagg_prefill_lmcache_v1.launch.export.yaml_text import dump
 
 Data = dict[str, Any]
@@ -31,16 +31,15 @@ def compose(stack: Stack) -> dict[str, str]:
     return {"compose.yaml": f"# {made}\n" + dump(content)}
 
 
-def _text(server: Server, text: str) -> str:
+def _text(text: str) -> str:
     """Compose fills in ${NAME}."""
-    filled = text.replace("$", "$$").replace(PASSWORD, f"${{REDIS_PASSWORD{ASKED}}}")
-    return filled.replace(OWN_ADDRESS, server.name)
+    return text.replace("$", "$$").replace(PASSWORD, f"${{REDIS_PASSWORD{ASKED}}}")
 
 
 def _common(stack: Stack, server: Server) -> Data:
     """What every container has: no rights, a root file system that is only read."""
     volumes = ([f"cache:{CACHE}"] if server.runs_vllm else []) + ([f"models:{stack.models}"] if server.prepare else [])
-    environment = {name: _text(server, value) for name, value in sorted(server.environment.items())}
+    environment = {name: _text(value) for name, value in sorted(server.environment.items())}
     if server.runs_vllm:
         environment |= {"HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface"}
     found: Data = {"image": server.image}
@@ -61,7 +60,7 @@ def _model(stack: Stack, server: Server) -> Data:
 
 def _service(stack: Stack, server: Server) -> Data:
     found = _common(stack, server)
-    found["entrypoint"] = [_text(server, word) for word in server.words]
+    found["entrypoint"] = [_text(word) for word in server.words]
     found["networks"] = list(NETWORKS.get(server.name, ("servers", "store")))
     for name in server.secrets:
         if name != "REDIS_PASSWORD":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from disagg_prefill_lmcache_v1.launch.export.stack import OWN_ADDRESS, PASSWORD, Server, Stack
+from disagg_prefill_lmcache_v1.launch.export.stack import PASSWORD, Server, Stack
 from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE
 
 Data = dict[str, Any]
@@ -127,18 +127,16 @@ def container(stack: Stack, server: Server) -> Data:
 
 def expanded(text: str) -> str:
     """Kubernetes fills in $(NAME) from the environment."""
-    return text.replace("$(", "$$(").replace(PASSWORD, "$(REDIS_PASSWORD)").replace(OWN_ADDRESS, "$(POD_IP)")
+    return text.replace("$(", "$$(").replace(PASSWORD, "$(REDIS_PASSWORD)")
 
 
 def environment(server: Server) -> list[Data]:
-    """Secrets and the address first: what follows may refer to them."""
+    """Secrets first: what follows may refer to them."""
     found: list[Data] = []
     for name, key in server.secrets.items():
         optional = {} if name in REQUIRED else {"optional": True}
         found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": key, **optional}}})
     values = {name: expanded(value) for name, value in server.environment.items()}
-    if any("$(POD_IP)" in value for value in values.values()):
-        found.append({"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
     if server.runs_vllm:  # the models of Hugging Face, compiled graphs and kernels
         values |= {"HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface"}
     return found + [{"name": name, "value": value} for name, value in sorted(values.items())]

@@ -27,7 +27,6 @@ from disagg_prefill_lmcache_v1.settings import env_of
 
 COUNTER = ("--middleware", "disagg_prefill_lmcache_v1.kv.in_flight.CountRequests")
 PASSWORD = "{redis-password}"  # stands for the secret until a format writes it in its own way
-OWN_ADDRESS = "own-address.invalid"  # the address of a server's own pod or container
 APART = ("lm", "redis", "nixl")  # ways of the KV cache that need no common machine
 PROXY_SETTLE_S = 10
 MEBIBYTE = 1 << 20
@@ -129,7 +128,7 @@ def _plan(
         for role in ROLES
     }
     settings = replace(
-        settings, host="0.0.0.0", advertise_host=OWN_ADDRESS, kv_url=store, redis_url="", run_dir=Path("/tmp"),
+        settings, host="0.0.0.0", kv_url=store, redis_url="", run_dir=Path("/tmp"),
         prefillers=1, decoders=1, **urls,
     )  # fmt: skip
     plan = make_plan(replace(configuration, settings=settings), environ, name)
