@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -22,25 +23,29 @@ EXAMPLE = "disagg_example_gaudi_lm.sh"
 LAUNCHER = "disagg_vllm_launcher_gaudi_lm.sh"
 ROLES = ("proxy", "prefiller", "decoder", "kv")
 TIMEOUT_S = 60.0
+# Below those that the kernel gives to clients and to port 0, which may take a chosen port before it is listened on.
+PORTS = range(12_000, 32_000)
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listened on a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    return random_ports(count, apart=True)
+
+
+def random_ports(count: int, *, apart: bool) -> list[int]:
+    rng = random.SystemRandom()  # tests may seed the usual one
+    while True:
+        first = rng.choice(PORTS)
+        found = rng.sample(PORTS, count) if apart else list(range(first, first + count))
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in found:
+                stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            return found
 
 
 def free_ports_in_a_row(count: int) -> int:
     """The first of so many ports that nothing listened on a moment ago."""
-    while True:
-        (first,) = free_ports(1)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in range(first, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
+    return random_ports(count, apart=False)[0]
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_S) -> None:
@@ -141,7 +146,7 @@ class Launch:
 
     def running(self) -> list[int]:
         """Processes that carry this test's mark; those on their way out get a moment."""
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 20
         while pids := list(self._marked()):
             if time.monotonic() > deadline:
                 break

@@ -59,7 +59,7 @@ class MPServer:
 
     def terminate(self) -> None:
         self.process.terminate()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
     def memory(self) -> list[Path]:
         """The shared memory with the KV."""
@@ -103,7 +103,7 @@ class Engine:
         assert failed in (set(), set(blocks))
         return not failed
 
-    def find(self, tokens: list[int], seconds: float = 10.0) -> tuple[str, int]:
+    def find(self, tokens: list[int], seconds: float = 60.0) -> tuple[str, int]:
         """Name and result (tokens) of a lookup as a decode server makes it."""
         name, found = self._name(), None
         self.scheduler.maybe_submit_lookup_request(name, tokens)
@@ -136,6 +136,6 @@ class Engine:
         self.scheduler.shutdown()
 
 
-def healthy_again(engine: Engine, seconds: float = 15.0) -> None:
+def healthy_again(engine: Engine, seconds: float = 60.0) -> None:
     wait_until(lambda: engine.worker.is_healthy, "the heartbeat finds the server again", seconds)
     wait_until(lambda: engine.scheduler.is_healthy, "the scheduler's heartbeat finds the server again", seconds)

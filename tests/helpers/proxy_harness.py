@@ -22,6 +22,7 @@ for folder in (REPOSITORY, REPOSITORY / "tests" / "helpers"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from launch_harness import free_ports  # noqa: E402
 from mock_openai_server import MockState, start_mock  # noqa: E402
 
 PROXY = REPOSITORY / "disagg_prefill_lmcache_v1" / "disagg_proxy_server.py"
@@ -189,6 +190,4 @@ def stack(*flags: str, **options: Any) -> Iterator[Stack]:
 
 def dead_port() -> int:
     """A port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return free_ports(1)[0]

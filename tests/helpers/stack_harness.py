@@ -186,7 +186,7 @@ class Stack:
 
     def metric(self, name: str, port: int | None = None) -> float:
         """Sum of a metric's values, of the proxy or of the server at this port."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.proxy}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.proxy}/metrics", timeout=30) as response:
             text = response.read().decode()
         values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         assert values, f"no metric {name}"
@@ -194,7 +194,7 @@ class Stack:
 
     def load(self, port: int) -> int:
         """Requests that the API server at this port is working on; unlike its metrics not told by the engine."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/load", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/load", timeout=30) as response:
             return json.load(response)["server_load"]
 
 
@@ -284,6 +284,12 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(REQUEST_S)
+
+    def fresh(self) -> Answer:
+        """What is answered to a prompt that nobody has seen: it is in no server's own prefix cache."""
+        prompt = prompt_tokens(random.Random(), 300)
+        body = {"prompt": prompt, "max_tokens": ANSWER, "ignore_eos": True, "return_token_ids": True}
+        return ask(self.stack.proxy, Case("fresh", "/v1/completions", body))
 
     def wait_for(self, answers: int) -> None:
         """Until that many more answers have come."""

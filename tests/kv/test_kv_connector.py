@@ -293,7 +293,7 @@ def test_a_load_that_ended_is_told_without_a_forward_pass():
         worker.step_begin(StepMetadata(2))
         return bool(finished)
 
-    wait_until(is_told, "the load is told", 10)
+    wait_until(is_told, "the load is told")
     assert finished == {"r"}
     assert connector.get_block_ids_with_load_errors() == {3, 4, 7, 9}
     assert unpinned == ["q", "r"]
@@ -400,7 +400,7 @@ def tracker(monkeypatch):
 
 def ends(tracker, count=1):
     said = tracker._announcer.said
-    wait_until(lambda: len(said) >= count, "the end is announced", 5)
+    wait_until(lambda: len(said) >= count, "the end is announced")
     return said
 
 

@@ -19,7 +19,7 @@ def start(guarded):
 def test_the_process_ends_though_a_thread_goes_on():
     child, unguarded = start(True), start(False)
     try:
-        child.join(20)
+        child.join(60)
         assert child.exitcode == 1
         unguarded.join(1)
         assert unguarded.exitcode is None, "it would end by itself: nothing of ours is needed"

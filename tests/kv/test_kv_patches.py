@@ -71,7 +71,7 @@ def test_our_client_takes_the_place_of_lmcaches_and_lmcache_uses_it(manager):
     obj = manager.allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD)
     obj.tensor.fill_(3.0)
     manager.batched_put([key("patched")], [obj])
-    wait_until(lambda: ours.count_present([key("patched")]) == 1, "LMCache stores through it", 10)
+    wait_until(lambda: ours.count_present([key("patched")]) == 1, "LMCache stores through it")
     (got,) = manager.batched_get([key("patched")], type(backend).__name__)
     assert got.tensor.unique().tolist() == [3.0]
 
@@ -110,7 +110,7 @@ def test_lmcache_lists_the_keys_of_a_batched_put_nowhere(manager, monkeypatch):
     monkeypatch.setattr(client, "batched_put", observed)
     obj = manager.allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD)
     manager.batched_put([key("watched")], [obj])
-    wait_until(lambda: done == [key("watched")], "the end of the put is told", 10)
+    wait_until(lambda: done == [key("watched")], "the end of the put is told")
     assert submitted == [key("watched")]
     assert listed == [set()], "LMCache lists them now: watch put_tasks instead"
     assert RedisConnector.support_batched_put(object.__new__(RedisConnector)), "and so does its Redis client"

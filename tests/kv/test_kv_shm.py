@@ -174,7 +174,7 @@ def test_a_client_that_goes_loses_its_pins_and_what_it_was_writing():
 def serve(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=False,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_lmcaches_put_waits_for_another_writer_of_the_same_chunk(client, server,
         """A call that waits for another client: until it has asked for the third time whether that one has ended."""
         asked.clear()
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        wait_until(lambda: len(asked) > 2, "it waits", 5)
+        wait_until(lambda: len(asked) > 2, "it waits")
         assert not future.done()
         return future
 
@@ -401,7 +401,7 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
         except base.StoreUnavailable:
             return False
 
-    wait_until(back, "the restarted store answers", 10)
+    wait_until(back, "the restarted store answers")
     assert remapped == [client.connector.memory()]
     assert client.connector.memory() != before
     tensors[0].fill_(6.0)  # a late write reaches nobody
@@ -436,7 +436,7 @@ def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, serv
     assert values(other, others).count(2.0) == ROOM - 2
     with pytest.raises(base.StoreUnavailable):
         client.connector.commit(written, tensors)
-    wait_until(lambda: other.connector.stats()["reserved"] == 0, "all was given back, so the connection was closed", 5)
+    wait_until(lambda: other.connector.stats()["reserved"] == 0, "all was given back, so the connection was closed")
     assert other.connector.stats()["pinned"] == 0
     assert other.connector.count_present(written) == 0
     other(other.connector.close())
@@ -516,7 +516,7 @@ def as_nobody(work):
 
 def try_to_enter(path):
     with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.settimeout(10)
+        stranger.settimeout(30)
         stranger.connect(path)
         try:
             stranger.sendall(frame_of(["stats"]))
@@ -566,7 +566,7 @@ def test_a_socket_that_a_killed_server_left_gives_way_and_one_that_ends_leaves_n
     assert os.path.exists(server.socket)
     server.start()
     server.process.terminate()
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     assert not os.path.exists(server.socket)
     server.start()
 
@@ -660,7 +660,7 @@ def test_a_client_killed_while_writing_gives_its_room_back(client, server):
             assert client.connector.stage(keys[1:2], [SHAPE], torch.float32) == ([None], [True])
         finally:
             process.kill()
-    wait_until(lambda: client.connector.stats()["reserved"] == 0, "what it had reserved is free", 5)
+    wait_until(lambda: client.connector.stats()["reserved"] == 0, "what it had reserved is free")
     assert client.connector.stats()["pinned"] == 0
     assert client.connector.count_present(keys) == 1, "nothing half-written is seen"
     assert store(client, keys[1:], 2.0) == 4
@@ -732,7 +732,7 @@ def test_a_stock_lmcache_uses_it_as_a_plugin(server, monkeypatch, autorelease):
         obj.tensor.fill_(i)
         wanted.append(obj.tensor.clone())
     managers[0].batched_put(keys, objs)
-    wait_until(lambda: managers[1].batched_contains(keys)[0] == 3, "stored", 10)
+    wait_until(lambda: managers[1].batched_contains(keys)[0] == 3, "stored")
     got = managers[1].batched_get(keys, "RemoteBackend-shm")
     assert all(torch.equal(obj.tensor, tensor) for obj, tensor in zip(got, wanted, strict=True))
 

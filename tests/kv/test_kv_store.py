@@ -123,7 +123,7 @@ def test_dead_store_fails_fast_and_a_restarted_one_is_used(client, server):
         except Exception:
             return False
 
-    wait_until(back, "the restarted store answers", 10)
+    wait_until(back, "the restarted store answers")
     assert client.get([name]) == [None]
     client.put([name], [chunk(client.staging)])
     assert client.connector.exists_sync(name)

@@ -28,7 +28,7 @@ from disagg_prefill_lmcache_v1.kv.mp_server import server_words
 from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, read_secret
 
 PROMPTS = itertools.count(1)
-SLACK_S = 2.0  # of a busy machine
+SLACK_S = 25.0  # of a busy machine; what does not end by itself takes LMCache five minutes
 
 
 def prompt(blocks: int = 4) -> list[int]:
@@ -80,10 +80,10 @@ def test_what_the_first_tier_evicts_is_loaded_from_redis(small_server):
         blocks = [1 + 4 * (n % 10) + i for i in range(4)]
         # While the server makes room there is none: it is told as not stored then.
         stored = lambda tokens=tokens, blocks=blocks: engine.store(tokens, blocks) and engine.is_found(tokens)  # noqa: E731
-        wait_until(stored, "it is stored", 20)
+        wait_until(stored, "it is stored", 60)
     for n in (0, 1, 50, 99):
         # What comes back from Redis needs room in the first tier, which the server may just be making.
-        wait_until(lambda n=n: engine.is_found(prompts[n]), f"prompt {n} is found", 20)
+        wait_until(lambda n=n: engine.is_found(prompts[n]), f"prompt {n} is found", 60)
         name, found = engine.find(prompts[n])
         assert found == len(prompts[n]), n
         assert engine.load(prompts[n], [51, 52, 53, 54], name)
@@ -105,7 +105,7 @@ def test_a_frozen_server_costs_a_store_and_a_load_their_deadline_and_nothing_mor
         assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
         begin = time.monotonic()
         assert not engine.store(prompt(), [1, 2, 3, 4])
-        wait_until(lambda: not engine.scheduler.is_healthy, "the scheduler's heartbeat misses the server", 10)
+        wait_until(lambda: not engine.scheduler.is_healthy, "the scheduler's heartbeat misses the server", 25)
         assert engine.find(stored)[1] == 0
         assert time.monotonic() - begin < TIMEOUT_S + SLACK_S
     finally:
@@ -115,7 +115,7 @@ def test_a_frozen_server_costs_a_store_and_a_load_their_deadline_and_nothing_mor
     assert engine.store(new, [1, 2, 3, 4])
     assert engine.find(new)[1] == len(new)
     # The store that got no answer left a reservation in the server: its KV was kept and is there by now.
-    wait_until(lambda: engine.find(tokens)[1] == len(tokens), "the late store is complete", 15)
+    wait_until(lambda: engine.find(tokens)[1] == len(tokens), "the late store is complete", 60)
     name, _ = engine.find(tokens)
     assert engine.load(tokens, [21, 22, 23, 24], name)
     for cache in engine.caches.values():
@@ -168,13 +168,13 @@ def test_a_request_is_announced_when_its_chunks_can_be_found(engine):
     there, elsewhere = prompt(), prompt()
     assert engine.store(there, [1, 2, 3, 4])
     confirmer.confirm(Stored("there", there, len(there), ""))
-    wait_until(lambda: "there" in said.ends, "an announcement", 5)
+    wait_until(lambda: "there" in said.ends, "an announcement", 30)
     assert said.ends["there"] == ("stored", "")
     confirmer.confirm(Stored("nowhere", elsewhere, len(elsewhere), ""))
-    wait_until(lambda: "nowhere" in said.ends, "an announcement", 5)
+    wait_until(lambda: "nowhere" in said.ends, "an announcement", 30)
     assert said.ends["nowhere"] == ("failed", "4 of 4 chunks are not in the KV server: is it full?")
     confirmer.confirm(Stored("other salt", there, len(there), "x"))
-    wait_until(lambda: "other salt" in said.ends, "an announcement", 5)
+    wait_until(lambda: "other salt" in said.ends, "an announcement", 30)
     assert said.ends["other salt"][0] == "failed"
     confirmer.close()
 
@@ -201,7 +201,7 @@ def test_the_servers_memory_is_removed_however_it_ends(tmp_path):
         server = MPServer(tmp_path / f"{end}.log")
         wait_until(lambda server=server: server.memory(), "the server has its memory", 60)
         server.kill() if end == "kill" else server.terminate()
-        wait_until(lambda server=server: not server.memory(), "its memory is gone", 10)
+        wait_until(lambda server=server: not server.memory(), "its memory is gone", 30)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_wait_ends_with_the_servers_health():
     reply = Reply(Never(), lambda: time.monotonic() - begin < 0.3, lambda: told.append(1))
     with pytest.raises(TimeoutError, match="does not answer"):
         reply.result(timeout=30)
-    assert 0.3 <= time.monotonic() - begin < 2
+    assert 0.3 <= time.monotonic() - begin < 20
     assert told == [1]
 
 

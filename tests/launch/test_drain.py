@@ -123,8 +123,7 @@ def test_a_server_that_is_gone_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(drain, "_PAUSE_S", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     begin = time.monotonic()
     assert drain.main(["--url", url, "--settle", "0"]) == 1
     assert time.monotonic() - begin < 60

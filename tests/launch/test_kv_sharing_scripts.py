@@ -135,7 +135,7 @@ def test_what_goes_wrong_is_named_and_ends_both(model: Path, fault: str, value: 
     done = run(model, **{fault: value})
     assert done.returncode == 1
     assert cause in done.stderr.splitlines()[-1]
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
     assert "Traceback" not in done.stderr.splitlines()[-1]
     if fault == "MOCK_KILL":
         assert "mock: about to be killed" in done.stderr, "the log's end is not shown"
@@ -173,7 +173,7 @@ def test_signals_end_everything(model: Path, number: signal.Signals, status: int
             if "both instances are ready" in line:
                 break
         process.send_signal(number)
-        assert process.wait(20) == status
+        assert process.wait(60) == status
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_killed_process_ends_the_run(model: Path, which: bytes, cause: str) ->
         found = [pid for pid, words in processes().items() if which in words]
         assert found
         os.kill(int(found[0]), signal.SIGKILL)
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
         assert cause in process.stderr.read()
 
 

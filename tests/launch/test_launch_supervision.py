@@ -21,7 +21,7 @@ from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, STANDINS, TIMEOUT_S, Laun
 from disagg_prefill_lmcache_v1.launch.profiles import load_profile
 from disagg_prefill_lmcache_v1.same_user import read_secret
 
-GONE_WITHIN_S = 15.0
+GONE_WITHIN_S = 45.0  # those who wait do so for 60
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_server_whose_engine_failed_at_start_is_noticed_though_it_goes_on(laun
     script.write_text(f"import time\nprint(open({str(excerpt)!r}).read(), flush=True)\ntime.sleep(300)\n")
     begin = time.monotonic()
     done = launch.run(EXAMPLE, *launch.arguments(), VLLM_PROGRAM=f"{sys.executable} {script}")
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 55
     assert done.returncode == 1
     assert "error: prefiller cannot start: ImportError: libucp.so.0: cannot open shared object file" in done.stderr
     assert f"cause, from {launch.run_dir}/prefiller.log:\n    ImportError: libucp.so.0" in done.stderr
@@ -233,15 +233,21 @@ def test_servers_end_with_a_script_that_is_killed(launch: Launch) -> None:
     pids = [launch.record(record_name(launch, role))["pid"] for role in launch.ports]
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "servers gone", 10)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "servers gone", 30)
 
 
 def test_zombies_that_nobody_collects_are_not_waited_for(launch: Launch) -> None:
     # The first process of a container often collects no orphans: here the script's parent adopts and forgets them.
+    copy = launch.folder / PACKAGE.name
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.log", "__pycache__"))
+    profile = copy / "profiles" / "common.env"
+    grace = f"STOP_GRACE={load_profile('cpu').settings['STOP_GRACE']}\n"
+    assert grace in profile.read_text()
+    profile.write_text(profile.read_text().replace(grace, "STOP_GRACE=55\n"))
     become_subreaper = "ctypes.CDLL(None).prctl(36, 1)"
     adopt = f"import ctypes, subprocess, sys; {become_subreaper}; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
     process = subprocess.Popen(
-        [sys.executable, "-c", adopt, "bash", str(PACKAGE / EXAMPLE), *launch.arguments()],
+        [sys.executable, "-c", adopt, "bash", str(copy / EXAMPLE), *launch.arguments()],
         env={**launch.environment, "STANDIN_LOAD_SECONDS": "60"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -251,7 +257,7 @@ def test_zombies_that_nobody_collects_are_not_waited_for(launch: Launch) -> None
     begin = time.monotonic()
     os.kill(launch.record(record_name(launch, "decoder"))["pid"], signal.SIGKILL)
     assert launch.finish(process).returncode == 1
-    assert time.monotonic() - begin < float(load_profile("cpu").settings["STOP_GRACE"])
+    assert time.monotonic() - begin < 50
 
 
 def test_serve_prints_a_request_and_stays(launch: Launch) -> None:

@@ -87,7 +87,7 @@ def test_an_answer_is_a_200(reply: bytes | None, good: bool) -> None:
         thread.start()
         begin = time.monotonic()
         assert http_answers(port, "/health", 0.3) == good
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
         thread.join()
     assert not http_answers(port, "/health", 0.3)
     assert not tcp_answers(port, 0.3)

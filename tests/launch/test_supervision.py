@@ -404,7 +404,7 @@ def test_signals_end_the_child_too(parent: subprocess.Popen[str], number: int, s
     assert parent.stdout
     child = int(parent.stdout.readline())
     parent.send_signal(number)
-    assert parent.wait(20) == status
+    assert parent.wait(60) == status
     assert not Path(f"/proc/{child}").exists()
 
 
@@ -412,8 +412,8 @@ def test_a_child_ends_with_a_launcher_that_is_killed(parent: subprocess.Popen[st
     assert parent.stdout
     child = int(parent.stdout.readline())
     parent.kill()
-    parent.wait(20)
-    wait_until(lambda: child not in {row.pid for row in living()}, "the child is gone", 10)
+    parent.wait(60)
+    wait_until(lambda: child not in {row.pid for row in living()}, "the child is gone")
 
 
 STUBBORN_FAMILY = f"""
@@ -438,7 +438,7 @@ def test_all_ends_with_a_launcher_that_is_killed_though_it_ignores_term() -> Non
     finally:
         process.kill()
         process.communicate(timeout=30)
-    wait_until(lambda: not any(map(lookup, family)), "all are gone", 20)
+    wait_until(lambda: not any(map(lookup, family)), "all are gone", 60)
 
 
 def test_the_guard_holds_nothing_open_and_ends_with_the_supervisor() -> None:
@@ -469,6 +469,6 @@ def test_a_zombie_is_not_waited_for() -> None:
         assert Path(f"/proc/{process.pid}").exists()
         begin = time.monotonic()
         assert Machine().members({process.pid}) == []
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
     finally:
         process.wait()

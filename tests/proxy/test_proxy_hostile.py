@@ -242,20 +242,28 @@ def test_a_later_request_that_drips_is_ended(made: Stack, second: bytes, status:
                     sock.sendall(b"a")
             except ConnectionError:
                 break
-            assert time.monotonic() - begin < 10 * TIMEOUT_S
+            assert time.monotonic() - begin < DEADLINE_S
     assert received[9:12] == status
 
 
 def test_a_slow_body_that_keeps_coming_is_taken(made: Stack) -> None:
     """Each part in time and 1 KiB/s on the whole: longer than the timeout in all."""
     part, count = b" " * 2048, 6
-    with made.proxy.connect() as sock:
-        sock.sendall(HEAD + b"content-length: %d\r\n\r\n" % (len(part) * count + 2))
-        for _ in range(count):
-            sock.sendall(part)
-            time.sleep(TIMEOUT_S / 3)  # the client's pace
-        sock.sendall(b"{}")
-        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        slowest, sent = 0.0, time.monotonic()
+        with made.proxy.connect() as sock, contextlib.suppress(ConnectionError):
+            sock.sendall(HEAD + b"content-length: %d\r\n\r\n" % (len(part) * count + 2))
+            for i in range(count + 1):
+                sock.sendall(part if i < count else b"{}")
+                slowest, sent = max(slowest, time.monotonic() - sent), time.monotonic()
+                time.sleep(TIMEOUT_S / 3 if i < count else 0)  # the client's pace
+            answer = sock.recv(65536)
+            if answer.startswith(b"HTTP/1.1 200"):
+                break
+        # A busy machine may not have let this client keep its pace: then it says nothing.
+        assert slowest > TIMEOUT_S / 2, answer
+        assert time.monotonic() < deadline, "the machine is too busy for the client's pace"
 
 
 # -- bodies
@@ -481,7 +489,7 @@ def test_a_hang_up_is_noticed_while_another_request_waits(made: Stack) -> None:
         wait_until(lambda: made.decode.running, "the request runs")
         sock.sendall(ahead)
         sock.close()
-        wait_until(lambda: made.decode.running == 0, "the decoder sees the hang-up", 5)
+        wait_until(lambda: made.decode.running == 0, "the decoder sees the hang-up")
     assert made.decode.aborted == before + 4
 
 
@@ -516,10 +524,16 @@ def test_a_whole_answer_that_nobody_reads_is_ended() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", one.proxy.port))
         sock.sendall(HEAD + b"x-mock: decode.size=7000000\r\ncontent-length: 14\r\n\r\n" + b'{"prompt":"x"}')
+        ports = f":{one.proxy.port:04X} 0100007F:{sock.getsockname()[1]:04X} "
+
+        def is_open() -> bool:
+            """Whether the proxy has its end of the connection."""
+            with open("/proc/net/tcp") as connections:
+                return any(ports in line and line.split()[3] == "01" for line in connections)
+
         try:
+            assert is_open()
             wait_until(lambda: one.decode.served, "the answer is made")
-            idle = one.proxy.descriptors
-            open_now = idle()
-            wait_until(lambda: idle() < open_now, "the connection is closed", 10)
+            wait_until(lambda: not is_open(), "the connection is closed")
         finally:
             sock.close()
