@@ -73,7 +73,10 @@ class ProxyThread:
         return 0
 
 
+WAIT_S = 5.0  # for a condition that may never come true
 proxy_harness.ProxyProcess = ProxyThread  # type: ignore[assignment,misc]
+proxy_harness.DEADLINE_S = WAIT_S
+proxy_harness.wait_until.__defaults__ = (WAIT_S,)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
