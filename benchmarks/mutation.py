@@ -44,8 +44,8 @@ REQUEST_PATH = (
 )  # fmt: skip
 # Files that look at several processes, or at a busy proxy or page for seconds, are left out.
 FILES = [f"tests/proxy/test_proxy_{name}.py" for name in (
-    "adapters", "app", "bodies", "edges", "hostile", "limits", "metrics", "openai_client", "pool", "routing", "servers",
-    "settings", "stages", "timing", "units", "upkeep", "upstream",
+    "adapters", "answer_parser", "app", "bodies", "edges", "hostile", "limits", "metrics", "openai_client", "pool",
+    "routing", "servers", "settings", "stages", "timing", "units", "upkeep", "upstream",
 )]  # fmt: skip
 EQUIVALENT = REPOSITORY / "benchmarks" / "mutation_equivalent.txt"
 QUICK_S = 0.1  # tests that take less come first
@@ -190,23 +190,23 @@ class Mutation:
 
     def _baseline(self, items: list[pytest.Item]) -> Baseline:
         kept = self.arguments.baseline
-        if kept is None or not kept.exists():
+        took, places, failed = json.loads(kept.read_text()) if kept and kept.exists() else ({}, {}, [])
+        new = [item for item in items if item.nodeid not in took]
 
-            def work(_tell: Any) -> Any:
-                files = {str(path): module for module, path in self.modules.items()}
-                self.lines = Lines(files)
-                self.lines.start()
-                took = self._run(items, None, _tell)
-                sys.settrace(None)
-                return [took, {test: sorted(places) for test, places in self.lines.found.items()}, self.outcome]
+        def work(tell: Any) -> Any:
+            self.lines = Lines({str(path): module for module, path in self.modules.items()})
+            self.lines.start()
+            seconds = self._run(new, None, tell)
+            sys.settrace(None)
+            return [seconds, {test: sorted(found) for test, found in self.lines.found.items()}, self.outcome]
 
+        if new:
             child, told = self._fork(work)
             os.waitpid(child, 0)
-            if kept is not None:
-                kept.write_text(told.read_text())
-            else:
-                kept = told
-        took, places, failed = json.loads(kept.read_text())
+            seconds, found, failed = json.loads(told.read_text())
+            took, places = {**took, **seconds}, {**places, **found}
+            if kept:
+                kept.write_text(json.dumps([took, places, failed]))
         for test, text in failed:
             print(f"fails without a fault: {test}\n{text[-600:]}")
         return Baseline(took, {test: {(module, line) for module, line in found} for test, found in places.items()})
@@ -349,7 +349,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only faults whose line has this text")
     parser.add_argument("--nothing", action="store_true", help="leave the code as it is: shows tests that are not sure")
     parser.add_argument("--verbose", action="store_true", help="show how the tests fail")
-    parser.add_argument("--baseline", type=Path, help="file that keeps what the tests do without a fault")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        help="file that keeps what the tests do without a fault; to be deleted when the proxy changes",
+    )
     arguments = parser.parse_args()
     os.nice(10)
     os.chdir(REPOSITORY)

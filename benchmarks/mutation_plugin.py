@@ -1,6 +1,7 @@
 """For benchmarks/mutation.py: the proxy runs in a thread of the tests, which spares most of a mutant's time.
 
-A pytest plugin (-p mutation_plugin). Tests that look at the proxy's process, its memory or its signals are left out.
+A pytest plugin (-p mutation_plugin). Tests that look at the proxy's process, its memory or its signals are left out,
+and those that count parts of a second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from disagg_prefill_lmcache_v1.proxy.settings import load_settings
 
 PROCESS_WORDS = (
     ".process", "resident_bytes", "descriptors", "cpu_s", "streaming(", "metric_of_time", "cpu_rests", "ssl",
+    "HANG_UP_S",
 )  # fmt: skip
 
 
