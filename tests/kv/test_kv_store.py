@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import redis
 import torch
-from launch_harness import free_ports, wait_until
+import yaml
+from launch_harness import PACKAGE, free_ports, wait_until
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: its servers and formats are what is tested")
 
@@ -139,6 +141,24 @@ def test_frozen_store_is_given_up(client, server, monkeypatch):
             client(client.connector.ping())
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
+
+
+def test_busy_store_is_not_taken_for_dead(client):
+    """LMCache pings behind whatever else is on its way: all threads of its calls may be busy for long."""
+    over = threading.Event()
+    try:
+        for _ in range(64):
+            client.connector._threads.submit(over.wait)
+        assert client(client.connector.ping()) == 0
+    finally:
+        over.set()
+
+
+def test_lmcache_gives_a_ping_longer_than_the_client_waits():
+    settings = [yaml.safe_load(file.read_text()).get("extra_config") for file in PACKAGE.glob("configs/*.yaml")]
+    pings = [extra["ping_timeout"] for extra in settings if extra]
+    assert len(pings) == 5  # all but mp's
+    assert min(pings) > base.CONNECT_TIMEOUT_S + base.IO_TIMEOUT_S
 
 
 def test_unreachable_store_is_refused_at_once_without_its_password(loop):
