@@ -63,6 +63,8 @@ class DecodeStage:
             try:
                 response = await self._ask(upstream, request, body)
                 upstream.note_answer()
+                if response.status == 500:
+                    request.deaths += (upstream.death(sure=False),)
                 request.decode_s = time.perf_counter() - begin
                 request.reused_tokens = told_reuse(response.headers)
                 if self._may_be_known_elsewhere(request, response, upstream, tried):
@@ -75,6 +77,8 @@ class DecodeStage:
             except UpstreamError as error:
                 # Nothing has been sent to the client yet.
                 upstream.note_error(error)
+                if error.taken and error.kind == "lost":
+                    request.deaths += (upstream.death(sure=True),)
                 attempts -= 1
                 if error.taken or not attempts or error.kind == "exhausted":
                     raise _failed(error) from None
@@ -152,6 +156,8 @@ class DecodeStage:
         if error.kind == "client_stalled":
             raise ProxyError(504, str(error), "proxy", error.kind)
         upstream.note_error(error)
+        if error.kind == "lost":
+            request.deaths += (upstream.death(sure=True),)
         raise ProxyError(
             504 if error.kind == "timeout" else 503, f"the decode server failed: {_WORDS[error.kind]}", "decode",
             error.kind, str(error),

@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from disagg_prefill_lmcache_v1.proxy import bodies, status
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
@@ -20,11 +21,13 @@ from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, too_long
 from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHeaders, cors_lines, own_lines
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
+from disagg_prefill_lmcache_v1.proxy.pool import PREFILL
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
+from disagg_prefill_lmcache_v1.proxy.suspects import Suspects
 from disagg_prefill_lmcache_v1.proxy.timing import PARTS, ttft_parts
 
 log = logging.getLogger("disagg_proxy")
@@ -58,6 +61,7 @@ class RequestHandler:
         self._own_paths = OWN_PATHS | {status.PAGE, status.DATA} if settings.status_page else OWN_PATHS
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
+        self._suspects = Suspects(settings.suspect_request_s)
         self._admission = None
         if settings.max_in_flight:
             self._admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout_s, metrics)
@@ -163,11 +167,23 @@ class RequestHandler:
             raise ProxyError(400, f"the request body is not valid JSON: {error}", "proxy", "bad_request") from None
         if fields is not None and not self._settings.trusted_kv_transfer_params:
             _refuse_steering(steering_field(fields))
+        ended = self._suspects.roles(request.path, body)
+        whole = False
+        try:
+            await self._generate_from(client, request, body, fields, PREFILL in ended)
+            whole = True
+        finally:
+            self._suspects.note(request, body, whole)
+
+    async def _generate_from(
+        self, client: ClientRequest, request: RequestContext, body: bytes, fields: dict[str, Any] | None, suspect: bool
+    ) -> None:
         alone = self._settings.decode_only
-        shaped = None if fields is None or alone else bodies.prefill_body(request.path, fields)
+        suspect = suspect and self._settings.prefill_failure == "decode"
+        shaped = None if fields is None or alone or suspect else bodies.prefill_body(request.path, fields)
         if shaped is None:
             reason = "decode_only" if alone else "no_prompt" if fields is None else "stored_response"
-            self._metrics.add("disagg_prefill_skipped", reason)
+            self._metrics.add("disagg_prefill_skipped", "suspect" if suspect else reason)
         elif self._chooser is None or not self._chooser.choose(request, fields or {}):
             refusal = await self._prefill.run(request, shaped, fields)
             if refusal is not None:

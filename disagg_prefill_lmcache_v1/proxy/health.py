@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import NamedTuple
 
 from disagg_prefill_lmcache_v1.proxy.routing import Load
 from disagg_prefill_lmcache_v1.proxy.upstream import Client, UpstreamError
 
 log = logging.getLogger("disagg_proxy")
 
+_DYING_S = 30.0  # how long a server may take from the answer 500 to its end
+
 CIRCUIT_FAILURES = 3  # failed checks in a row that close a server to new requests
 BACK_OFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class Death(NamedTuple):
+    """The end of a server of that role, as one of its requests saw it."""
+
+    at: float
+    """Loop time."""
+    role: str
+    server: Upstream | None
+    """For an end that shows only later: who was to end. None: it is sure."""
+
+    def is_sure(self) -> bool:
+        """Whether the server has ended."""
+        return self.server is None or self.at <= self.server.refused_at <= self.at + _DYING_S
 
 
 class Upstream:
@@ -34,6 +51,7 @@ class Upstream:
         "load",
         "name",
         "open_until",
+        "refused_at",
         "refusing",
         "role",
         "sick",
@@ -57,6 +75,7 @@ class Upstream:
         self.suspect = False  # a request failed: check soon
         self.failures = 0
         self.open_until = 0.0
+        self.refused_at = 0.0  # loop time when it began to refuse connections
         self.sick = False  # its /health says so, whatever it answers to requests
         self.refusing = False  # connections are refused, which costs no time: it may be tried all the same
 
@@ -71,6 +90,11 @@ class Upstream:
             self._failed(str(error), refused=error.kind == "refused", sick=self.sick)
         elif error.kind not in ("exhausted", "client_stalled"):
             self.suspect = True
+
+    def death(self, sure: bool) -> Death:
+        """A request seems to have ended the server; not ``sure``: it has if connections are refused soon."""
+        self.suspect = True
+        return Death(self._time(), self.role, None if sure else self)
 
     async def check(self, timeout_s: float) -> None:
         """Ask the server for its /health, on a connection of its own, and note the result."""
@@ -108,6 +132,8 @@ class Upstream:
 
     def _failed(self, reason: str, refused: bool, sick: bool) -> None:
         self.failures += 1
+        if refused and not self.refusing:
+            self.refused_at = self._time()
         self.refusing, self.sick = refused, sick
         if refused or self.failures >= CIRCUIT_FAILURES:
             self.open_until = self._time() + self.back_off_s()

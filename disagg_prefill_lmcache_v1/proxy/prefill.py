@@ -66,6 +66,8 @@ class PrefillStage:
                 reason = f"{upstream.name}: {error}"
                 request.prefill_outcome = error.kind
                 upstream.note_error(error)
+                if error.taken and error.kind == "lost":
+                    request.deaths += (upstream.death(sure=True),)
                 if error.taken or error.kind == "exhausted":
                     break
                 attempts -= 1
@@ -80,6 +82,8 @@ class PrefillStage:
                 request.prefill_outcome = "client_error"
                 return None if bodies.refusal_may_be_wrong(fields) else response
             request.prefill_outcome = "server_error"
+            if status == 500:
+                request.deaths += (upstream.death(sure=False),)
             reason = f"{upstream.name} answers {status}"
             break
         self._give_up(request, reason)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from disagg_prefill_lmcache_v1.proxy.health import Death
+
 
 class RequestContext:
     """One request: what came, what is sent on, and how it went. Times are seconds, -1 means not known."""
@@ -12,6 +14,7 @@ class RequestContext:
     __slots__ = (
         "cached_tokens",
         "cors",
+        "deaths",
         "decode_s",
         "decode_sent",
         "decode_told",
@@ -76,6 +79,7 @@ class RequestContext:
         self.parts: dict[str, float] = {}  # of ttft_s
         self.prompt_tokens = self.cached_tokens = self.reused_tokens = -1
         self.prefiller = self.decoder = ""
+        self.deaths: tuple[Death, ...] = ()  # of servers that it may have ended (suspects.py)
         self.way = self.way_reason = ""  # pair or direct, where that was a choice (route_chooser.py)
         self.expected_s = -1.0  # to the first token, when it was chosen
         self.route_bytes, self.route_tokens = 0, 0.0  # of the prompt, as estimated then

@@ -77,6 +77,10 @@ class Settings:
     prefill_failure: str = setting(
         "decode", "when prefill fails: 'decode' asks the decoder alone, 'fail' answers 503", choices=("decode", "fail")
     )
+    suspect_request_s: float = setting(
+        600.0, "how long a request is remembered that servers died of: after one it gets no prefill, after two it is "
+        "refused; 0: not at all", low=0,
+    )  # fmt: skip
     health_interval_s: float = setting(2.0, "time between two health checks of a server", low=0.05)
     health_timeout_s: float = setting(5.0, "time for one health check", low=0.05)
     idle_connection_s: float = setting(4.0, "how long an idle connection to a server is kept for reuse", low=0)

@@ -28,8 +28,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Stack]:
-    """A stack with default settings, shared by the tests that leave it as it was."""
-    with stack("--client-timeout-s", "1") as made:
+    """A stack shared by the tests that leave it as it was: none may have a request refused that another one sends."""
+    with stack("--client-timeout-s", "1", "--suspect-request-s", "0") as made:
         yield made
 
 

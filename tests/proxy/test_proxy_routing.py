@@ -167,7 +167,7 @@ def test_auto_learns_how_long_prefill_takes() -> None:
 
 def test_a_direct_request_that_fails_leaves_no_work_behind() -> None:
     """Else its server would count as busy for ever, and nothing would go there any more."""
-    with stack("--route", "auto") as made:
+    with stack("--route", "auto", "--suspect-request-s", "0") as made:
         for _ in range(12):
             ask(made, 50, mock="prefill.delay=0.3")
         assert way(ask(made, 50)).startswith("direct")

@@ -69,6 +69,8 @@ class RawServer:
                 sock.sendall(part)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends the accept() that waits in the thread
         self._listener.close()
 
 
@@ -98,7 +100,88 @@ def test_a_request_that_servers_die_of_reaches_one_of_each_kind(warm: bool, mock
         after = [state.served for state in (*prefillers, *decoders)]
         delivered = [now - then for now, then in zip(after, before, strict=True)]
         assert (sum(delivered[:2]), sum(delivered[2:])) == (1, 1)
-        assert post(proxy.url + COMPLETIONS).status_code == 200
+        assert post(proxy.url + COMPLETIONS, prompt="another").status_code == 200
+
+
+def served(*pools: list[Any]) -> list[int]:
+    """How many requests the servers of each pool got."""
+    return [sum(state.served for state in pool) for pool in pools]
+
+
+def test_what_a_server_of_each_kind_died_of_is_refused_when_it_comes_again() -> None:
+    with fleet(2, 2) as (proxy, prefillers, decoders):
+        assert post(proxy.url + COMPLETIONS, "cut=0", prompt="poison").status_code == 503
+        before = served(prefillers, decoders)
+        for mock in ("cut=0", ""):  # as an honest server might answer it, too: nobody knows
+            refused = post(proxy.url + COMPLETIONS, mock, prompt="poison")
+            error = refused.json()["error"]
+            assert (refused.status_code, error["stage"]) == (503, "proxy")
+            assert "2 servers failed" in error["message"]
+            assert "--suspect-request-s" in error["message"]
+            assert proxy.access_line(error["request_id"])["outcome"] == "suspect"
+        assert served(prefillers, decoders) == before
+        assert post(proxy.url + COMPLETIONS, prompt="honest").status_code == 200
+
+
+def test_what_a_prefill_server_died_of_gets_no_prefill_again() -> None:
+    """The decode server has answered it, so it may be innocent; other requests that ran there are answered too."""
+    with fleet(2, 1) as (proxy, prefillers, decoders):
+        assert post(proxy.url + COMPLETIONS, "prefill.cut=0", prompt="poison").status_code == 200
+        for _ in range(3):
+            assert post(proxy.url + COMPLETIONS, "prefill.cut=0", prompt="poison").status_code == 200
+        assert served(prefillers, decoders) == [1, 4]
+        assert 'disagg_prefill_skipped_total{reason="suspect"} 3.0' in httpx.get(proxy.url + "/metrics").text
+
+
+def test_without_decoding_alone_two_prefill_servers_may_die() -> None:
+    with fleet(3, 1, "--prefill-failure", "fail") as (proxy, prefillers, decoders):
+        for _ in range(4):
+            assert post(proxy.url + COMPLETIONS, "prefill.cut=0", prompt="poison").status_code == 503
+        assert served(prefillers, decoders) == [2, 0]
+
+
+def test_a_cut_stream_counts_and_an_answer_clears() -> None:
+    with fleet(1, 1) as (proxy, _, decoders):
+        for mock in ("decode.cut=2", "", "decode.cut=2", "", "decode.cut=2", "decode.cut=2"):
+            with pytest.raises(httpx.RemoteProtocolError) if mock else contextlib.nullcontext():
+                assert post(proxy.url + COMPLETIONS, mock, prompt="p", stream=True).status_code == 200
+        assert post(proxy.url + COMPLETIONS, prompt="p", stream=True).status_code == 503
+        assert served(decoders) == [6]
+
+
+def test_deaths_are_forgotten_in_time_or_not_remembered() -> None:
+    for seconds, refused in (("0.5", True), ("0", False)):
+        with fleet(1, 1, "--suspect-request-s", seconds) as (proxy, prefillers, decoders):
+            assert post(proxy.url + COMPLETIONS, "cut=0").status_code == 503
+            if refused:
+                wait_until(lambda url=proxy.url: post(url + COMPLETIONS).status_code == 200, "it is taken again")
+            else:
+                assert post(proxy.url + COMPLETIONS).status_code == 200
+            assert served(prefillers, decoders) == [2, 2]
+
+
+def test_500_of_a_server_that_ends_counts_and_of_one_that_stays_does_not() -> None:
+    """vLLM answers 500 when its engine dies, and ends."""
+
+    def answer(head: bytes) -> Iterator[bytes]:
+        yield b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}"
+
+    dying = [RawServer(answer), RawServer(answer)]
+    flags = [part for name, one in zip(("--prefiller", "--decoder"), dying, strict=True) for part in (name, one.url)]
+    proxy = ProxyProcess(*flags, "--health-interval-s", "0.1")
+    try:
+        for _ in range(3):  # they stay: each is asked anew
+            assert post(proxy.url + COMPLETIONS, prompt="poison").status_code == 500
+        assert [len(one.requests) for one in dying] == [3, 3]
+        for one in dying:
+            one.close()
+        wait_until(lambda: httpx.get(proxy.url + "/ready").status_code == 503, "both are found to be down")
+        answers = post(proxy.url + COMPLETIONS, prompt="poison")
+        assert (answers.status_code, answers.json()["error"]["stage"]) == (503, "proxy")
+        other = post(proxy.url + COMPLETIONS, prompt="honest")
+        assert (other.status_code, other.json()["error"]["stage"]) == (503, "decode")
+    finally:
+        proxy.stop()
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -152,7 +235,7 @@ def test_requests_that_fail_do_not_close_the_way_for_others(mock: str) -> None:
             post(made.url + COMPLETIONS, mock)
         assert not any("is down" in line for line in made.proxy.messages), made.proxy.messages
         for _ in range(10):
-            answer = post(made.url + COMPLETIONS)
+            answer = post(made.url + COMPLETIONS, prompt="of others")
             assert (answer.status_code, answer.headers["x-kv-state"]) == (200, "stored")
 
 
