@@ -16,7 +16,41 @@ from disagg_prefill_lmcache_v1.launch.interpreter import choose_interpreter  # n
 from disagg_prefill_lmcache_v1.launch.messages import Failure, exit_status, info  # noqa: E402
 from disagg_prefill_lmcache_v1.launch.profiles import load_profile  # noqa: E402
 from disagg_prefill_lmcache_v1.launch.setup import set_up_program, set_up_python, set_up_redis  # noqa: E402
-from disagg_prefill_lmcache_v1.launch.supervision import Supervisor  # noqa: E402
+from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor  # noqa: E402
+
+# Tests of these folders run beside all others: both mostly wait, for processes to start and for time limits. Those of
+# real servers take all cores and come after them.
+BESIDE = ("proxy", "repository")
+REAL = "stack"
+
+
+def run_pytest(supervisor: Supervisor, python: str, arguments: Sequence[str]) -> None:
+    """All tests, or what the arguments say. Raises Failure when a test has failed."""
+
+    def start(log: Path | None, *more: str) -> Child:
+        child = supervisor.start("pytest", [python, "-m", "pytest", "--durations=15", *more], os.environ, log)
+        supervisor.release(child)  # how each has ended is told when all have
+        return child
+
+    def end(child: Child) -> None:
+        while child.process.poll() is None:
+            supervisor.tick()
+        statuses.append(child.process.returncode)
+
+    statuses: list[int] = []
+    if arguments:
+        end(start(None, *arguments))
+    else:
+        tests = REPOSITORY / "tests"
+        folders = {file.parent for file in tests.glob("*/test_*.py")} - {tests / name for name in (*BESIDE, REAL)}
+        log = REPOSITORY / "runs" / "tests" / "beside.log"
+        second = start(log, *(f"tests/{name}" for name in BESIDE))
+        end(start(None, *map(str, sorted([*folders, *tests.glob("test_*.py")]))))
+        end(second)
+        print(log.read_text(errors="replace"), flush=True)
+        end(start(None, f"tests/{REAL}"))
+    if any(statuses):
+        raise Failure(f"pytest: exit status {max(statuses, key=abs)}")
 
 
 def run(pytest_arguments: Sequence[str]) -> None:
@@ -41,9 +75,7 @@ def run(pytest_arguments: Sequence[str]) -> None:
                 set_up_program(supervisor, "chromium-headless-shell", "chromium-headless-shell", "", log)
         except Failure as failure:
             info(f"tests that look at pages are left out: {failure}")
-        words = [python, "-m", "pytest", "--durations=15", *pytest_arguments]
-        if status := supervisor.await_end(supervisor.start("pytest", words, os.environ, None)):
-            raise Failure(f"pytest: exit status {status}")
+        run_pytest(supervisor, str(python), pytest_arguments)
 
 
 if __name__ == "__main__":
