@@ -36,12 +36,7 @@ from disagg_prefill_lmcache_v1.kv.meter import LoadMetrics, LoadStats
 from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
 from disagg_prefill_lmcache_v1.kv.scheduler import DisaggScheduler
 from disagg_prefill_lmcache_v1.kv.settings import from_environment
-from disagg_prefill_lmcache_v1.kv.support import (
-    choose_async_load,
-    choose_copy,
-    refuse_prompt_embeds,
-    refuse_recurrent_models,
-)
+from disagg_prefill_lmcache_v1.kv.support import choose_async_load, choose_copy, refuse_model
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 from disagg_prefill_lmcache_v1.kv.worker import DisaggWorker
 
@@ -62,8 +57,7 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
         with process_ends_on_error():
             settings = from_environment()
             announcer = Announcer()
-            refuse_prompt_embeds(vllm_config)
-            refuse_recurrent_models(vllm_config)
+            refuse_model(vllm_config)
             async_load = choose_async_load(vllm_config, settings.async_load)
             if role == KVConnectorRole.WORKER:
                 self._worker = DisaggWorker(vllm_config, settings, announcer)
@@ -79,6 +73,13 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
                 self._scheduler = DisaggScheduler(self._lmcache_engine, kv_role, loads, announcer, async_load)
                 how = "beside the engine's steps" if async_load else "in the engine's steps"
                 logger.info("KV of the store is loaded: %s, %s", settings.load, how)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """None: any. vLLM asks before it lays out the KV cache, where it fails itself, less clearly, on some models."""
+        with process_ends_on_error():
+            refuse_model(vllm_config)
+        return super().get_required_kvcache_layout(vllm_config)
 
     # worker side
 

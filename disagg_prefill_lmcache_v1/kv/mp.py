@@ -35,7 +35,7 @@ from disagg_prefill_lmcache_v1.kv.mp_confirm import Confirmer, Stored
 from disagg_prefill_lmcache_v1.kv.policy import LoadPolicy
 from disagg_prefill_lmcache_v1.kv.reuse import ReuseAccount
 from disagg_prefill_lmcache_v1.kv.settings import from_environment
-from disagg_prefill_lmcache_v1.kv.support import refuse_prompt_embeds
+from disagg_prefill_lmcache_v1.kv.support import refuse_model
 from disagg_prefill_lmcache_v1.kv.visibility import Announcer
 
 logger = init_logger(__name__)
@@ -86,7 +86,7 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         with process_ends_on_error():
-            refuse_prompt_embeds(vllm_config)
+            refuse_model(vllm_config)
             timeout_s = take_deadline(vllm_config)
             super().__init__(vllm_config, role, kv_cache_config)
             self._announcer = Announcer()
@@ -95,6 +95,13 @@ class LMCacheDisaggMPConnector(LMCacheMPConnector):
                 self._start_worker(vllm_config, timeout_s)
             else:
                 self._start_scheduler(vllm_config)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """None: any. vLLM asks before it lays out the KV cache, where it fails itself, less clearly, on some models."""
+        with process_ends_on_error():
+            refuse_model(vllm_config)
+        return super().get_required_kvcache_layout(vllm_config)
 
     def _start_worker(self, vllm_config: Any, timeout_s: float) -> None:
         device = vllm_config.device_config.device.type

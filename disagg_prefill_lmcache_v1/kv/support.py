@@ -11,19 +11,34 @@ from vllm.config import VllmConfig
 from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
 
 
-def refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
-    """Raise ValueError if prompts may be embeddings: LMCache would end the engine at the first one."""
-    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-        raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
-
-
-def refuse_recurrent_models(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedKVLayout if the model keeps a recurrent state: it has no place for each token."""
+def refuse_model(vllm_config: VllmConfig) -> None:
+    """Raise ValueError if KV that is stored by token ids, of all layers, is not all that this server needs."""
     model = vllm_config.model_config
+    if getattr(model, "enable_prompt_embeds", False):
+        # LMCache would end the engine at the first one
+        raise ValueError("--enable-prompt-embeds is not supported: KV is stored by token ids, embeddings have none")
+    if getattr(model, "is_encoder_decoder", False) is True:
+        raise UnsupportedKVLayout(
+            "encoder-decoder models are not supported: their cross-attention KV belongs to the encoder's input, not to "
+            "tokens; take a decoder-only model, or serve this one without a KV connector"
+        )
     if getattr(model, "is_attention_free", False) is True or getattr(model, "has_inner_state", False) is True:
         raise UnsupportedKVLayout(
             "models with Mamba or linear attention layers are not supported: their state cannot be stored by tokens; "
             "take another model, or serve this one without a KV connector"
+        )
+    parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"--pipeline-parallel-size {stages} is not supported: each stage has the KV of its own layers alone; take "
+            "--tensor-parallel-size"
+        )
+    # vLLM starts the ranks of a dense model as engines of size 1, of which the later ones have a rank
+    if parallel.data_parallel_size > 1 or parallel.data_parallel_rank_local:
+        raise ValueError(
+            "--data-parallel-size is not supported: LMCache takes another rank's device; start several servers, which "
+            "the proxy spreads requests over"
         )
 
 

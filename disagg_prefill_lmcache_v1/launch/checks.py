@@ -72,6 +72,7 @@ def check_machine(plan: Plan[Settings], roles: Sequence[str]) -> None:
     if interpreter.kind == "bundle" and not interpreter.exists:
         problems.add(space_problem(interpreter.venv, int(plan.profile.get("SETUP_GIB")), "set-up"))
     problems.add(token_problem(plan))
+    problems.add(parallel_problem(plan))
     for line in hpu_problems(plan):
         problems.add(line)
     chunk_warning(plan)
@@ -176,6 +177,20 @@ def hpu_problems(plan: Plan[Any]) -> list[str]:
     if "--no-enable-prefix-caching" in words:
         problems.append(f"--no-enable-prefix-caching is not possible on hpu: leave it out; {cause}")
     return problems
+
+
+def parallel_problem(plan: Plan[Any]) -> str:
+    """Ways of several cards that the KV connector would refuse once the model is loaded."""
+    for flag, value in itertools.pairwise(vllm_words(plan)):
+        if flag in ("--pipeline-parallel-size", "-pp") and value != "1":
+            return (
+                f"{flag} {value} is not supported: each stage has the KV of its own layers; take --tensor-parallel-size"
+            )
+        if flag in ("--data-parallel-size", "-dp") and value != "1":
+            return (
+                f"{flag} {value} is not supported: take --prefillers and --decoders, servers with a proxy before them"
+            )
+    return ""
 
 
 def vllm_words(plan: Plan[Any]) -> list[str]:

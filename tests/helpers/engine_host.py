@@ -20,7 +20,7 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import matrix_models
-from one_engine import Announcements, make_llm
+from one_engine import Announcements, make_llm, prompt_of
 
 PR_SET_PDEATHSIG = 1
 
@@ -52,11 +52,11 @@ def serve(spec: dict[str, Any], connection: Connection) -> None:
         return
     connection.send("")
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    while (prompts := connection.recv()) != "end":
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    while (requests := connection.recv()) != "end":
+        outputs = llm.generate([prompt_of(request) for request in requests], params, use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         stores = llm.llm_engine.vllm_config.kv_transfer_config.kv_role == "kv_producer"
-        told = announcements.take(len(prompts)) if stores else announcements.take_reused(len(prompts))
+        told = announcements.take(len(requests)) if stores else announcements.take_reused(len(requests))
         connection.send((tokens, told))
     llm.llm_engine.engine_core.shutdown()
 

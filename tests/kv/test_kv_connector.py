@@ -29,6 +29,7 @@ from disagg_prefill_lmcache_v1.kv import patches, support
 from disagg_prefill_lmcache_v1.kv.connector import LMCacheDisaggConnectorV1
 from disagg_prefill_lmcache_v1.kv.layout import UnsupportedKVLayout
 from disagg_prefill_lmcache_v1.kv.load_scheduler import LoadRequest, LoadScheduler, StepMetadata
+from disagg_prefill_lmcache_v1.kv.mp import LMCacheDisaggMPConnector
 from disagg_prefill_lmcache_v1.kv.paged import PagedKVConnector
 from disagg_prefill_lmcache_v1.kv.policy import LOADS_TRUSTED, LoadPolicy
 from disagg_prefill_lmcache_v1.kv.put_tracker import PutTracker
@@ -439,6 +440,9 @@ def vllm_config(device="cpu", mla=False, cache_dtype="auto"):
         device_config=SimpleNamespace(device=torch.device(device)),
         model_config=SimpleNamespace(use_mla=mla),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, data_parallel_size=1, data_parallel_rank_local=None, world_size=1
+        ),
     )
 
 
@@ -477,7 +481,7 @@ def test_lmcaches_copy_where_it_can_do_more(choose):
 
 def test_prompts_without_token_ids_are_refused():
     config = vllm_config()
-    support.refuse_prompt_embeds(config)
+    support.refuse_model(config)
     config.model_config.enable_prompt_embeds = True
     config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
     with pytest.raises(ValueError, match="--enable-prompt-embeds is not supported"):
@@ -541,15 +545,43 @@ def test_refuses_layers_of_another_shape_than_the_models():
     assert written == []
 
 
-def test_models_with_a_recurrent_state_are_refused():
+@pytest.mark.parametrize("connector", [LMCacheDisaggConnectorV1, LMCacheDisaggMPConnector])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("pipeline_parallel_size", 2, "--pipeline-parallel-size 2 is not supported"),
+        ("data_parallel_size", 2, "--data-parallel-size is not supported"),
+        ("data_parallel_rank_local", 1, "--data-parallel-size is not supported"),
+    ],
+)
+def test_ways_of_several_cards_that_are_refused(connector, name, value, said):
     config = vllm_config()
-    support.refuse_recurrent_models(config)
-    for name in ("is_attention_free", "has_inner_state"):
-        config = vllm_config()
-        setattr(config.model_config, name, True)
-        config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
-        with pytest.raises(UnsupportedKVLayout, match="Mamba or linear attention layers are not supported"):
-            LMCacheDisaggConnectorV1(config, KVConnectorRole.SCHEDULER)
+    setattr(config.parallel_config, name, value)
+    config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
+    with pytest.raises(ValueError, match=said):
+        connector.get_required_kvcache_layout(config)
+    with pytest.raises(ValueError, match=said):
+        connector(config, KVConnectorRole.SCHEDULER)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("is_attention_free", "Mamba or linear attention layers are not supported"),
+        ("has_inner_state", "Mamba or linear attention layers are not supported"),
+        ("is_encoder_decoder", "encoder-decoder models are not supported"),
+    ],
+)
+@pytest.mark.parametrize("connector", [LMCacheDisaggConnectorV1, LMCacheDisaggMPConnector])
+def test_models_whose_requests_need_more_than_kv_by_tokens_are_refused(connector, name, said):
+    config = vllm_config()
+    assert connector.get_required_kvcache_layout(config) is None
+    setattr(config.model_config, name, True)
+    config.kv_transfer_config = SimpleNamespace(kv_role="kv_producer")
+    with pytest.raises(UnsupportedKVLayout, match=said):
+        connector(config, KVConnectorRole.SCHEDULER)
+    with pytest.raises(UnsupportedKVLayout, match=said):  # vLLM asks this before it lays out the KV cache
+        connector.get_required_kvcache_layout(config)
 
 
 def test_is_lmcaches_connector_to_vllm_and_to_the_gaudi_plugin():

@@ -222,6 +222,20 @@ def test_a_library_that_does_not_load_is_told_before_anything_starts(launch: Lau
 
 
 @pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--pipeline_parallel_size=2"], "take --tensor-parallel-size"),
+        (["-pp", "2"], "take --tensor-parallel-size"),
+        (["--data-parallel-size", "2"], "take --prefillers and --decoders"),
+    ],
+)
+def test_ways_of_several_cards_that_the_connector_does_not_know(launch: Launch, words: list[str], instead: str) -> None:
+    line = refused(launch, 1, EXAMPLE, *launch.arguments("--", *words))
+    assert "2 is not supported: " in line
+    assert instead in line
+
+
+@pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
         ([], {"VLLM_CONTIGUOUS_PA": "true"}, "VLLM_CONTIGUOUS_PA=true: unset it"),
