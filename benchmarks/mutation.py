@@ -269,7 +269,7 @@ class Mutation:
     def _try_all(
         self, mutants: list[Mutant], items: list[pytest.Item], baseline: Baseline
     ) -> tuple[Counter[str], list[Mutant]]:
-        known = {line.partition(" # ")[0] for line in EQUIVALENT.read_text().splitlines()}
+        known = {line.rpartition(" # ")[0] for line in EQUIVALENT.read_text().splitlines()}
         counts: Counter[str] = Counter()
         survivors: list[Mutant] = []
         running: dict[int, tuple[Mutant, Path]] = {}

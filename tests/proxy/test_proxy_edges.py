@@ -23,6 +23,7 @@ from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import parse_url
 from disagg_prefill_lmcache_v1.proxy.upstream import Client, Connection, Limits, UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream.client import _size
 from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter, told_reuse
 
 
@@ -502,6 +503,13 @@ def test_a_connection_waits_for_a_head_only_so_long() -> None:
         assert made.wire.calls == []
         made.clock.go_on(0.2)
         assert made.wire.calls == ["close"]
+        made = Connected(timeout_s=10)  # each head is timed, after one that came in pieces too
+        await made.send(GET[:9])
+        await made.send(GET[9:])
+        await made.answer()
+        await made.send(GET[:9])
+        made.clock.go_on(10.1)
+        assert made.wire.calls == ["close"]
         made = Connected(timeout_s=10)
         await made.send(GET)
         await made.answer()
@@ -713,6 +721,7 @@ def test_known_header_fields_are_made_once_and_secrets_are_not_kept() -> None:
     for _ in range(2):
         _, taken = parse(
             b"GET / HTTP/1.1\r\nhost: x\r\nAuthorization: Bearer s\r\nx-request-id: 1\r\ntraceparent: 2\r\n"
+            b"content-length: 0\r\n"
             b"x-long: " + b"v" * 256 + b"\r\nx-less: " + b"v" * 255 + b"\r\n\r\n" + GET, head_bytes=5000,
         )  # fmt: skip
         assert taken[0].headers[0] is taken[1].headers[0]
@@ -874,6 +883,13 @@ def test_a_servers_silence_counts_only_while_it_is_listened_to() -> None:
         made.resume()
         assert wire.calls[-1] == "abort"
         assert owner.forgotten == 1
+        for ended in (True, False):  # while it was paused
+            made, wire, _, _ = to_server()
+            made.data_received(EVENTS)
+            made.pause()
+            wire.closing = ended
+            made.resume()
+            assert wire.calls == ["pause", "resume"][: 2 - ended]
 
     run(ask())
 
@@ -906,6 +922,7 @@ def test_whole_chunks_are_passed_on_as_they_are() -> None:
         for allowed, reads, expected in (
             (True, [one], [b"raw " + one]),
             (True, [one + two], [b"raw " + one + two]),
+            (True, [b"1F\r\ndata: %b\n\n\r\n" % (b"x" * 23)], [b"raw 1F\r\ndata: %b\n\n\r\n" % (b"x" * 23)]),
             (False, [one], [b"data: 1\n\n"]),
             (True, [one[:-1], one[-1:] + two], [b"data: 1\n\n", b"data: 22\n\n"]),
             (True, [one + b"9;x=1\r\ndata: 1\n\n\r\n"], [b"data: 1\n\n" * 2]),
@@ -966,6 +983,10 @@ def test_what_a_server_has_not_taken() -> None:
                 assert made.unacknowledged == -1
 
     run(ask())
+
+
+def test_the_size_of_a_request() -> None:
+    assert (_size(b"abc"), _size((b"ab", memoryview(b"c")))) == (3, 3)
 
 
 def test_a_connection_is_made_within_the_limit_of_its_request() -> None:

@@ -591,6 +591,7 @@ def test_where_the_usage_is_looked_for(path: str, fields: dict[str, Any], wanted
         async def decode(client: Any, request: RequestContext, body: bytes) -> None:
             seen.append(request.want_usage)
             request.sent, request.ttft_s, request.decode_sent = 7, 0.5, request.start + 0.1
+            request.prefill_outcome = "timeout"
             client.answer(200, [], b"{}")
 
         handler._decode.run = decode  # type: ignore[method-assign]
@@ -598,9 +599,42 @@ def test_where_the_usage_is_looked_for(path: str, fields: dict[str, Any], wanted
         assert seen == [wanted]
         assert servers.value("disagg_streamed_bytes") == 7
         assert servers.value("disagg_requests", path, "proxy", "ok") == 1
+        assert servers.value("disagg_requests", path, "prefill", "timeout") == 1
         rendered = servers.metrics.render()
         assert b"disagg_ttft_seconds_sum 0.5" in rendered
         assert b'disagg_ttft_part_seconds_count{part="decode"} 1.0' in rendered
+
+    run(ask())
+
+
+def test_what_the_access_log_is_told() -> None:
+    async def ask() -> None:
+        servers = Servers("decode", [[]], "--cors-origin", "http://a")
+        handler = handler_of(servers, [])
+        lines: list[tuple[int, str, float]] = []
+        handler._access_log = types.SimpleNamespace(  # type: ignore[assignment]
+            write=lambda request, total: lines.append((request.status, request.outcome, total))
+        )
+        for method, path in (("OPTIONS", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")):
+            await handler.handle(request_of(method, path, b"", ("origin", "http://a"))[0])
+        assert [(status, outcome) for status, outcome, _ in lines] == [(204, "ok"), (415, "bad_request")]
+        assert all(0 <= total < 30 for *_, total in lines)
+
+    run(ask())
+
+
+def test_an_answer_speaks_for_a_server() -> None:
+    async def ask() -> None:
+        for role, make in (("decode", DecodeStage), ("prefill", PrefillStage)):
+            servers = Servers(role, [[answer()]])
+            upstream, stage = servers.pool.upstreams[0], make(servers.settings, servers.pool, servers.metrics)
+            upstream.failures = 2
+            if role == "decode":
+                await stage.run(request_of()[0], context(), b"{}")
+            else:
+                assert b"disagg_kv_degraded 0.0" in servers.metrics.render()
+                await stage.run(context(), [b"{}"], {})
+            assert (upstream.failures, upstream.healthy) == (0, True)
 
     run(ask())
 
