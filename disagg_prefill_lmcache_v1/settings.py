@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
+_NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _KINDS = {bool: "switch", int: "whole", float: "number", tuple: "list", str: "text"}
 
 
@@ -46,8 +47,9 @@ def setting(
     """A field of a settings dataclass.
 
     Args:
-        kind: ``text``, ``whole``, ``number``, ``switch``, ``list`` or ``path``; from the default's type if not given
-            (needed where the default is None: "not given").
+        kind: ``text``, ``whole``, ``number``, ``switch``, ``list``, ``words`` (a list of several words after one flag),
+            ``numbers`` (of one word, with commas) or ``path``; from the default's type if not given (needed where the
+            default is None: "not given").
         low, high, above: limits of a number; low and high belong to the range, above does not.
         choices: the only values of a text.
         pattern, allowed: regular expression for the whole text, and what it allows in words.
@@ -83,7 +85,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is None or field.default == "":
         return ""
     if isinstance(field.default, tuple):
-        return ",".join(field.default)
+        return ",".join(str(each) for each in field.default)
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
@@ -134,8 +136,10 @@ def parser_of(cls: type, *, prefix: str, prog: str | None = None, description: s
             more |= {"nargs": "?", "const": "true", "metavar": "true|false"}
         elif meta["kind"] == "list":
             more |= {"action": "append", "metavar": "VALUE"}
+        elif meta["kind"] == "words":
+            more |= {"nargs": "+", "metavar": "VALUE"}
         else:
-            words = {"whole": "N", "number": "X", "path": "PATH"}
+            words = {"whole": "N", "number": "X", "numbers": "X,...", "path": "PATH"}
             more["action"] = _Store
             more["metavar"] = "|".join(meta["choices"]) or words.get(meta["kind"], "VALUE")
         parser.add_argument(flag_of(field.name), *meta["aliases"], **more)
@@ -216,8 +220,10 @@ def validate(instance: Any) -> None:
 
 
 def convert(field: dataclasses.Field[Any], raw: Any, source: str) -> Any:
-    """The value of a text (of a list of texts for the kind ``list``). Raises SettingsError."""
+    """The value of a text (of a list of texts for the kinds ``list`` and ``words``). Raises SettingsError."""
     kind = field.metadata["kind"]
+    if kind == "words":
+        return tuple(re.findall(r"[^\s,]+", raw if isinstance(raw, str) else " ".join(raw)))
     if kind == "list":
         texts = [raw] if isinstance(raw, str) else raw
         return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
@@ -228,8 +234,11 @@ def convert(field: dataclasses.Field[Any], raw: Any, source: str) -> Any:
         if re.fullmatch(r"[+-]?[0-9]{1,18}", raw.strip()):
             return int(raw)
     elif kind == "number":
-        if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", raw.strip()):
+        if re.fullmatch(_NUMBER, raw.strip()):
             return float(raw)
+    elif kind == "numbers":
+        if all(re.fullmatch(_NUMBER, part.strip()) for part in raw.split(",")):
+            return tuple(float(part) for part in raw.split(","))
     else:
         return Path(raw) if kind == "path" else raw
     raise SettingsError(f"{source} {raw!r}: allowed: {allowed_text(field)}")
@@ -238,6 +247,8 @@ def convert(field: dataclasses.Field[Any], raw: Any, source: str) -> Any:
 def check(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     """The value, if it is allowed. Raises SettingsError."""
     meta = field.metadata
+    if meta["kind"] == "numbers" and isinstance(value, tuple):
+        return tuple(check(field, one, source) for one in value)
     good = True
     if meta["choices"]:
         good = value in meta["choices"]
@@ -264,14 +275,14 @@ def allowed_text(field: dataclasses.Field[Any]) -> str:
         return ", ".join(meta["choices"])
     if meta["kind"] == "switch":
         return "true, false"
-    if meta["kind"] not in ("whole", "number"):
+    if meta["kind"] not in ("whole", "number", "numbers"):
         return "any text"
     words = "a whole number" if meta["kind"] == "whole" else "a number"
     if meta["low"] is not None:
         words += f" from {meta['low']}" + (f" to {meta['high']}" if meta["high"] is not None else " on")
     elif meta["above"] is not None:
         words += f" above {meta['above']}" + (f", at most {meta['high']}" if meta["high"] is not None else "")
-    return words
+    return words + (", or several with commas" if meta["kind"] == "numbers" else "")
 
 
 def table(cls: type, *, prefix: str) -> str:

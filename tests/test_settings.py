@@ -24,6 +24,8 @@ class Example:
     loud: bool = setting(False, "a switch")
     log: bool = setting(True, "a switch that is on")
     folder: Path | None = setting(None, "a folder", kind="path", aliases=("--dir",))
+    goals: tuple[str, ...] = setting((), "words", kind="words", pattern=r"[a-z]+:[0-9]+", allowed="NAME:N")
+    rates: tuple[float, ...] = setting((1.5,), "rates", kind="numbers", above=0)
     hidden: int = setting(2, "environment only", flag=False, env="HIDDEN_NUMBER", low=0)
     computed: str = "not a setting"
 
@@ -60,6 +62,9 @@ def test_kinds() -> None:
     assert (example.folder, example.name) == (Path("/x"), "abc")
     assert read(TEST_URLS="a, b", TEST_LOUD="yes").urls == ("a", "b")
     assert read("--log").log is True
+    assert read("--goals", "a:1", "b:2", "--loud").goals == read(TEST_GOALS="a:1 b:2").goals == ("a:1", "b:2")
+    assert read("--rates", "1,2.5").rates == read(TEST_RATES="1, 2.5").rates == (1.0, 2.5)
+    assert read().rates == (1.5,)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,9 @@ def test_kinds() -> None:
         (["--rate", "nan"], {}, "--rate 'nan': allowed: a number above 0"),
         (["--colour", "green"], {}, "--colour 'green': allowed: red, blue"),
         (["--name", "A1"], {}, "--name 'A1': allowed: lower case letters"),
+        (["--goals", "a:1", "b"], {}, "--goals 'a:1,b': allowed: NAME:N"),
+        (["--rates", "1,0"], {}, "--rates 0: allowed: a number above 0, or several with commas"),
+        (["--rates", "1,x"], {}, "--rates '1,x': allowed: a number above 0, or several with commas"),
         (["--log", "maybe"], {}, "--log 'maybe': allowed: true, false"),
         ([], {"HIDDEN_NUMBER": "-1"}, "HIDDEN_NUMBER '-1': allowed: a whole number from 0 on"),
     ],
@@ -94,6 +102,7 @@ def test_a_bad_value_by_code_is_refused_too() -> None:
     [
         (["--no-such"], "example: error: unknown flag --no-such (see --help)\n"),
         (["--port"], "example: error: --port needs a value (see --help)\n"),
+        (["--goals"], "example: error: --goals needs a value (see --help)\n"),
         (["--loud=1"], "example: error: --loud takes no value (see --help)\n"),
         (["word"], "example: error: unexpected argument 'word' (see --help)\n"),
         (["--hidden", "1"], "example: error: unknown flag --hidden (see --help)\n"),

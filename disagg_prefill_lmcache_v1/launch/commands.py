@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from disagg_prefill_lmcache_v1.launch.backends.base import number_of, role_of
@@ -16,6 +17,8 @@ from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.settings import authority
 
 VLLM_PROGRAMS = {"module": "{python} -m vllm.entrypoints.openai.api_server --model", "vllm": "vllm serve"}
+PLAIN, PLAIN_PROXY = "plain", "plain-proxy"  # servers without a KV connector, and the proxy before them
+COMPARE_STEPS = ("check", "plain", "pair", "result")
 STATUS_PAGE = "DISAGG_PROXY_STATUS_PAGE"  # of the proxy's settings: whoever sets it decides
 # What makes the two roles differ, besides their ports and cards.
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer"}
@@ -53,15 +56,20 @@ def fill(words: Sequence[str], python: str) -> list[str]:
 
 
 def build_command(plan: Plan[Settings], name: str) -> Command:
-    """The command of a vLLM server by its name, ``proxy``, ``kv-server``, ``load``, ``calibration`` or ``model``."""
-    if role_of(name) in ROLES:
+    """The command of a vLLM server by its name, ``proxy``, ``kv-server``, ``load``, ``calibration``, ``probe`` or
+    ``model``; of a comparison also ``plain`` (a server), ``plain-proxy`` and ``compare-STEP``.
+    """
+    if role_of(name) in (*ROLES, PLAIN):
         return vllm_server(plan, name)
     words = {
         "proxy": _proxy,
         "kv-server": kv_server,
         "load": _load,
         "calibration": lambda plan: [*_load(plan), "--calibrate", "only"],
+        "probe": lambda plan: [*_load(plan), "--num-prompts", "0"],
         "model": model_builder,
+        PLAIN_PROXY: _plain_proxy,
+        **{f"compare-{step}": partial(_compare, step=step) for step in COMPARE_STEPS},
     }[name](plan)
     return Command(name, tuple(words), common_environment(plan), ("PROMETHEUS_MULTIPROC_DIR",))
 
@@ -79,25 +87,32 @@ def common_environment(plan: Plan[Any]) -> dict[str, str]:
 
 
 def vllm_server(plan: Plan[Settings], name: str) -> Command:
-    """A vLLM server of the example."""
+    """A vLLM server of the example, or a plain one that takes the place of one of those."""
+    plain, name = name in plain_servers(plan), plain_servers(plan).get(name, name)
     role, port = role_of(name), server_address(plan, name)
     text = plan.settings.vllm_program
     words = fill(VLLM_PROGRAMS.get(text, text).split(), plan.interpreter.path)
     words += [plan.model.name, "--host", plan.host, "--port", str(port), "--served-model-name", plan.model.served_name]
-    words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, f"{role}-{port}")]
-    words += [*SERVER_ARGUMENTS[role], *plan.configuration.vllm_arguments]
+    words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, "" if plain else f"{role}-{port}")]
+    words += [*(() if plain else SERVER_ARGUMENTS[role]), *plan.configuration.vllm_arguments]
     environment = engine_environment(plan, name)
-    environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
+    if plain:
+        of_backend = plan.backend.environment(name, plan.environ)
+        environment = {key: value for key, value in environment.items() if key not in of_backend}
+    else:
+        environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
     # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
     return Command(name, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
 
 
 def engine_arguments(plan: Plan[Any], role: str, name: str) -> list[str]:
-    """What vLLM's engine of a role is given, in a server or by itself; ``name`` is unique to it."""
-    transfer = plan.backend.transfer_config(KV_ROLES[role], name)
+    """What vLLM's engine of a role is given, in a server or by itself; ``name`` is unique to it ("": no connector)."""
     words = ["--tensor-parallel-size", str(plan.settings.tensor_parallel_size)]
     words += ["--max-model-len", str(plan.settings.max_model_len)]
-    words += ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":")), *plan.profile.words("VLLM_ARGS")]
+    if name:
+        transfer = plan.backend.transfer_config(KV_ROLES[role], name)
+        words += ["--kv-transfer-config", json.dumps(transfer, separators=(",", ":"))]
+    words += plan.profile.words("VLLM_ARGS")
     words += ["--enforce-eager"] if plan.settings.graphs == "off" else []
     words += plan.backend.vllm_arguments()
     memory = plan.profile.get("SHARED_GPU_MEMORY_UTILIZATION" if plan.cards.shared else "GPU_MEMORY_UTILIZATION")
@@ -123,7 +138,13 @@ def server_address(plan: Plan[Settings], name: str) -> int | str:
     """Port of a server by its name; the KV server may have a Unix socket instead."""
     if name == "kv-server":
         return plan.backend.address
+    name = "proxy" if name == PLAIN_PROXY else plain_servers(plan).get(name, name)
     return getattr(plan.settings, f"{role_of(name)}_port") + number_of(name)
+
+
+def plain_servers(plan: Plan[Settings]) -> dict[str, str]:
+    """Names of the plain servers of a comparison, each with the server whose port and cards it takes."""
+    return {PLAIN + (str(number) if number > 1 else ""): name for number, name in enumerate(plan.servers, start=1)}
 
 
 def server_urls(plan: Plan[Settings], role: str) -> tuple[str, ...]:
@@ -134,9 +155,18 @@ def server_urls(plan: Plan[Settings], role: str) -> tuple[str, ...]:
     )
 
 
-def _proxy(plan: Plan[Settings]) -> list[str]:
+def _proxy_program(plan: Plan[Settings]) -> list[str]:
     words = fill(plan.settings.proxy_program.split(), plan.interpreter.path)
-    words += ["--host", plan.host, "--port", str(plan.settings.proxy_port)]
+    return [*words, "--host", plan.host, "--port", str(plan.settings.proxy_port)]
+
+
+def _plain_proxy(plan: Plan[Settings]) -> list[str]:
+    urls = [f"http://{authority(plan.reach, server_address(plan, name))}" for name in plain_servers(plan)]
+    return [*_proxy_program(plan), "--decode-only", *(word for url in urls for word in ("--decoder", url))]
+
+
+def _proxy(plan: Plan[Settings]) -> list[str]:
+    words = _proxy_program(plan)
     if plan.settings.serve and STATUS_PAGE not in plan.environ:
         words.append("--status-page")
     return words + [word for role in ROLES for url in server_urls(plan, role) for word in (f"--{role}", url)]
@@ -154,7 +184,7 @@ def _load(plan: Plan[Settings]) -> list[str]:
         "num-prompts": settings.num_prompts,
         "input-len": settings.input_len,
         "output-len": settings.output_len,
-        "request-rate": f"{settings.request_rate:g}",
+        "request-rate": f"{settings.request_rate[0]:g}",
         "max-model-len": settings.max_model_len,
         "run-dir": plan.run_dir,
         "device": settings.device,
@@ -165,6 +195,35 @@ def _load(plan: Plan[Settings]) -> list[str]:
         "kv-load": settings.kv_load,
     }
     return words + [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _compare(plan: Plan[Settings], step: str) -> list[str]:
+    settings = plan.settings
+    words = [*fill(settings.compare_program.split(), plan.interpreter.path), "--step", step]
+    values = {
+        "proxy-url": f"http://{authority(plan.reach, settings.proxy_port)}",
+        "run-dir": plan.run_dir,
+        "model": plan.model.served_name,
+        "tokenizer": plan.model.name,
+        "max-model-len": settings.max_model_len,
+        "workload": settings.workload,
+        "num-prompts": settings.num_prompts,
+        "input-len": settings.input_len,
+        "output-len": settings.output_len,
+        "request-rate": ",".join(f"{rate:g}" for rate in settings.request_rate),
+        "first-block": int(plan.run_id) << 20,
+        "device": settings.device,
+        "backend": settings.backend,
+        "kv-load": settings.kv_load,
+        "graphs": settings.graphs,
+        "tensor-parallel-size": settings.tensor_parallel_size,
+        "prefillers": settings.prefillers,
+        "decoders": settings.decoders,
+    }
+    values |= {"burstiness": f"{settings.burstiness:g}"} if settings.burstiness else {}
+    words += [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    words += ["--sweep"] if settings.sweep else []
+    return words + (["--goodput", *settings.goodput] if settings.goodput else [])
 
 
 def model_builder(plan: Plan[Any]) -> list[str]:

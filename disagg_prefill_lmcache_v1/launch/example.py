@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
-from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, server_address
+from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, plain_servers, server_address
 from disagg_prefill_lmcache_v1.launch.load_size import load_warning
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
-from disagg_prefill_lmcache_v1.launch.messages import Failure, UsageError, exit_status, info
-from disagg_prefill_lmcache_v1.launch.plan import Plan, make_plan
+from disagg_prefill_lmcache_v1.launch.messages import Failure, info
+from disagg_prefill_lmcache_v1.launch.plan import Plan
 from disagg_prefill_lmcache_v1.launch.ports import address_text
 from disagg_prefill_lmcache_v1.launch.prepare import prepare, secret_of_run, settle
-from disagg_prefill_lmcache_v1.launch.settings import Settings, read_configuration
+from disagg_prefill_lmcache_v1.launch.settings import Settings
 from disagg_prefill_lmcache_v1.launch.supervision import Child, Supervisor, Target
 from disagg_prefill_lmcache_v1.settings import authority
 
@@ -24,47 +24,9 @@ from disagg_prefill_lmcache_v1.settings import authority
 UNHEALTHY = re.compile(r"LMCache is unhealthy|degraded mode|Failed to initialize .*remote", re.IGNORECASE)
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> int:
-    """Entry of the example script; returns the exit status."""
-    return exit_status(lambda: run(argv, environ, prog))
-
-
-def run(argv: Sequence[str], environ: Mapping[str, str], prog: str) -> None:
-    """Raises Failure."""
-    configuration = read_configuration(
-        Settings, argv, environ, prog=prog, description="Runs the disaggregated prefill example."
-    )
-    plan = make_plan(configuration, environ)
-    settings = plan.settings
-    if settings.num_prompts and settings.input_len + settings.output_len > settings.max_model_len:
-        raise UsageError(
-            f"--input-len {settings.input_len} plus --output-len {settings.output_len} is more than --max-model-len "
-            f"{settings.max_model_len}"
-        )
-    if settings.dry_run:
-        dry_run(plan)
-        return
-    with Supervisor(grace_s=float(plan.profile.get("STOP_GRACE"))) as supervisor:
-        Example(plan, supervisor).run()
-
-
 def log_of(plan: Plan[Settings], role: str) -> Path:
     """Log file of a server."""
     return plan.run_dir / f"{role.replace('-', '_')}.log"
-
-
-def dry_run(plan: Plan[Settings]) -> None:
-    """Prints every command with its environment as a shell takes it."""
-    roles = ["model"] if plan.model.built else []
-    roles += ["kv-server"] if plan.backend.runs_server else []
-    roles += [*plan.servers, "proxy"]
-    if not plan.settings.serve:
-        roles.append("load")
-    elif plan.settings.kv_load == "auto":
-        roles.append("calibration")
-    for role in roles:
-        log = "" if role in ("model", "load") else f" (log: {log_of(plan, role)})"
-        print(f"# {role}{log}\n{build_command(plan, role).shell_line(plan.environ)}")
 
 
 class Example:
@@ -113,32 +75,37 @@ class Example:
         targets = []
         for role in roles:
             log = log_of(self.plan, role)
-            problem = (lambda log=log: start_problem(log)) if role in self.plan.servers else None
+            server = role in (*self.plan.servers, *plain_servers(self.plan))
+            problem = (lambda log=log: start_problem(log)) if server else None
             host = self.plan.backend.reach if role == "kv-server" else self.plan.reach
             targets.append(Target(self.children[role], server_address(self.plan, role), path, problem, host))
         self.supervisor.await_ready(timeout_s, targets)
 
     def start_servers(self) -> None:
         """All servers, until they are ready and LMCache works in both. Raises Failure."""
-        plan, profile, timeout = self.plan, self.plan.profile, self.plan.settings.ready_timeout
+        plan = self.plan
         if plan.backend.runs_server:
             self.plan = plan = settle(plan, self.supervisor.tick)
             self.start("kv-server")
-            self.await_ready(float(profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
+            self.await_ready(float(plan.profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
             if plan.backend.name == "redis":
                 check_redis_answers(plan, self.supervisor)
-        order = tuple(reversed(plan.servers)) if plan.backend.decoder_first else plan.servers
-        for role in order:
-            self.start(role)
-            # Servers on one card size their memory by what is free, so the second must come after the first.
-            if plan.cards.shared and role == order[0]:
-                self.await_ready(timeout, [role], "/health")
-        self.start("proxy")
-        proxy_timeout = float(profile.get("PROXY_READY_TIMEOUT"))
-        self.await_ready(proxy_timeout, ["proxy"], "/health")
-        self.await_ready(timeout, order, "/health")
-        self.await_ready(proxy_timeout, ["proxy"], "/ready")  # it has noticed both
+        self.start_behind("proxy", tuple(reversed(plan.servers)) if plan.backend.decoder_first else plan.servers)
         self.check_lmcache()
+
+    def start_behind(self, proxy: str, order: Sequence[str]) -> None:
+        """These vLLM servers and a proxy before them, until they are ready. Raises Failure."""
+        timeout = self.plan.settings.ready_timeout
+        for name in order:
+            self.start(name)
+            # Servers on one card size their memory by what is free, so the second must come after the first.
+            if self.plan.cards.shared and name == order[0]:
+                self.await_ready(timeout, [name], "/health")
+        self.start(proxy)
+        proxy_timeout = float(self.plan.profile.get("PROXY_READY_TIMEOUT"))
+        self.await_ready(proxy_timeout, [proxy], "/health")
+        self.await_ready(timeout, order, "/health")
+        self.await_ready(proxy_timeout, [proxy], "/ready")  # it has noticed all
 
     def check_lmcache(self) -> None:
         """LMCache goes on without any reuse when it cannot work; the example must not. Raises Failure."""

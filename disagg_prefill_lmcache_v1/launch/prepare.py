@@ -24,7 +24,7 @@ def prepare(plan: Plan[Settings], supervisor: Supervisor, roles: Sequence[str], 
         info(f"warning: {line}")
     if own_run_dir:
         lock_run_dir(plan)
-        for name in ("summary.json", "report.html"):
+        for name in ("summary.json", "compare.json", "report.html"):
             (plan.run_dir / name).unlink(missing_ok=True)  # an old one would pass for this run's
     set_up_python(supervisor, plan.interpreter, plan.profile, plan.profile.get("SETUP_EXTRA"), log)
     check_python(plan, supervisor)

@@ -99,12 +99,32 @@ class Settings(EngineSettings):
     )
     input_len: int = setting(None, "prompt tokens of each request", kind="whole", low=2, high=10**7, shown=OF_DEVICE)
     output_len: int = setting(None, "answer tokens of each request", kind="whole", low=1, high=10**7, shown=OF_DEVICE)
-    request_rate: float = setting(None, "requests per second", kind="number", above=0, shown=OF_DEVICE)
+    request_rate: tuple[float, ...] = setting(
+        None, "requests per second; --compare takes several, with commas", kind="numbers", above=0, shown=OF_DEVICE
+    )
     min_reuse_ratio: float = setting(0.99, "smallest share of prompt tokens that the decoder must reuse", low=0, high=1)
     ready_timeout: int = setting(
         None, "seconds that the vLLM servers get until they answer", kind="whole", low=1, high=86400, shown=OF_DEVICE
     )
     serve: bool = setting(False, "stay up when ready and print a request to try; Ctrl-C ends it")
+    compare: bool = setting(
+        False, "the same load on as many plain servers, then on the prefill and decode servers: which is better for it"
+    )
+    goodput: tuple[str, ...] = setting(
+        (), "--compare: what a request must keep to, in milliseconds, as vLLM spells it: ttft:500 tpot:15 e2el:9000",
+        kind="words", pattern=r"(ttft|tpot|e2el):[0-9]+(\.[0-9]+)?", allowed="ttft:MS, tpot:MS, e2el:MS",
+    )  # fmt: skip
+    workload: str = setting(
+        "fixed", "--compare: the requests: fixed (--input-len and --output-len), multi-turn, mooncake-conversation, "
+        "mooncake-synthetic, azure-conversation, azure-code, or a trace file of Mooncake's format",
+    )  # fmt: skip
+    burstiness: float | None = setting(
+        None, "--compare: how even arrivals are, as vLLM has it: 1 is Poisson, more is more even", kind="number",
+        above=0, shown="the workload's",
+    )  # fmt: skip
+    sweep: bool = setting(
+        False, "--compare: rates between one request after the other and all at once, instead of --request-rate"
+    )
     dry_run: bool = setting(False, "print every command with its environment, start nothing")
     proxy_program: str = setting(
         "{python} {package}/disagg_proxy_server.py", "words that start the proxy", flag=False, env="PROXY_PROGRAM"
@@ -112,6 +132,10 @@ class Settings(EngineSettings):
     load_program: str = setting(
         "{python} -m disagg_prefill_lmcache_v1.measure.load_and_verify", "words that start load and probe", flag=False,
         env="LOAD_PROGRAM",
+    )  # fmt: skip
+    compare_program: str = setting(
+        "{python} -m disagg_prefill_lmcache_v1.measure.compare", "words that start the steps of --compare", flag=False,
+        env="COMPARE_PROGRAM",
     )  # fmt: skip
     prepared: bool = setting(False, "a server's checks and set-up have been done", flag=False)
 

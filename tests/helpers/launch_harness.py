@@ -104,6 +104,7 @@ class Launch:
             "KV_SERVER_PROGRAM": f"{server} kv",
             "PROXY_PROGRAM": f"{server} proxy",
             "LOAD_PROGRAM": f"{sys.executable} {STANDINS}/standin_load.py",
+            "COMPARE_PROGRAM": f"{sys.executable} {STANDINS}/standin_load.py",
         }
 
     def arguments(self, *arguments: str, device: str = "cpu") -> list[str]:
