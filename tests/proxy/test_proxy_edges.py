@@ -22,6 +22,7 @@ from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import parse_url
+from disagg_prefill_lmcache_v1.proxy.timing import server_timing
 from disagg_prefill_lmcache_v1.proxy.upstream import Client, Connection, Limits, UpstreamError
 from disagg_prefill_lmcache_v1.proxy.upstream.client import _size
 from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter, told_reuse
@@ -786,6 +787,8 @@ def test_where_a_long_body_is_only_looked_through() -> None:
         body = b'{"a":"' + b"x" * (size - 8) + b'"}'
         assert len(body) == size
         assert isinstance(bodies.parse_fields(body)["a"], memoryview) is skimmed
+    even = b'{"a":"' + b"x" * 20_000 + b'\\\\","b":1}'  # the backslash is escaped, the quote is not
+    assert isinstance(bodies.parse_fields(even)["b"], memoryview)
     many = b'{"a":"' + b"x" * 20_000 + b'\\"' * 63 + b'"}'
     assert isinstance(bodies.parse_fields(many)["a"], memoryview)
     assert not isinstance(bodies.parse_fields(many.replace(b'"}', b'\\""}'))["a"], memoryview)
@@ -983,6 +986,22 @@ def test_what_a_server_has_not_taken() -> None:
                 assert made.unacknowledged == -1
 
     run(ask())
+
+
+def test_an_answer_that_nobody_waits_for_any_more() -> None:
+    async def ask() -> None:
+        made, _, owner, answer = to_server()
+        answer.cancel()
+        made.data_received(EVENTS + b"9\r\ndata: 1\n\n\r\n0\r\n\r\n")
+        assert owner.released == [True]
+
+    run(ask())
+
+
+def test_the_times_that_a_client_is_told() -> None:
+    assert (
+        server_timing({"prefill": 0.5, "decode": 0.0015}) == b"server-timing: prefill;dur=500.00, decode;dur=1.50\r\n"
+    )
 
 
 def test_the_size_of_a_request() -> None:
