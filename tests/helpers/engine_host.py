@@ -6,6 +6,8 @@ Reads a JSON object a line from stdin: ``log``, ``address`` (a Unix socket), ``a
 ``kind`` and ``folder`` of a model to build first (matrix_models.py). Each engine is a process of its own, scheduler and
 worker in it: one that ends or hangs takes no other along. On the socket it says "" when it is ready, or why it is not,
 and then answers lists of requests (one_engine.py) with their tokens and what of each prompt was reused, until "end".
+
+Without a ``kind`` and with ``environment`` it says its process id when it is ready and answers lists of steps.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import matrix_models
-from one_engine import Announcements, make_llm, prompt_of
+from one_engine import Announcements, make_llm, prompt_of, run_steps
 
 PR_SET_PDEATHSIG = 1
 
@@ -61,6 +63,18 @@ def serve(spec: dict[str, Any], connection: Connection) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def serve_steps(spec: dict[str, Any], connection: Connection) -> None:
+    os.environ.update(spec["environment"])
+    announcements = Announcements()
+    llm = make_llm(spec["arguments"])
+    connection.send(os.getpid())
+    while (steps := connection.recv()) != "end":
+        connection.send(run_steps(llm, announcements, steps))
+    llm.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    connection.send("ended")
+
+
 def child(spec: dict[str, Any]) -> None:
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even one that hangs ends with the host
@@ -71,7 +85,7 @@ def child(spec: dict[str, Any]) -> None:
     status = 1
     try:
         with Client(spec["address"], "AF_UNIX") as connection:
-            serve(spec, connection)
+            (serve if "kind" in spec else serve_steps)(spec, connection)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -1,23 +1,25 @@
-"""Runs one_engine.py on a KV store."""
+"""Runs steps of requests (one_engine.py) on engines of engine_host.py and a KV store."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
-import itertools
+import functools
 import json
 import os
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
 from kv_stores import Server
 from launch_harness import PACKAGE, REPOSITORY
 
+START_S = 240.0
 RUN_S = 420.0
 END_S = 60.0
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-model-len", "4096"]
@@ -44,12 +46,31 @@ class EngineError(Exception):
     """The engine did not do what was asked; the text is its log."""
 
 
+@functools.cache
+def host() -> subprocess.Popen[str]:
+    """The process that engines are forks of; it ends, and they with it, when its stdin is closed."""
+    settings = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}", "LMCACHE_TRACK_USAGE": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests/helpers/engine_host.py")], text=True, stdin=subprocess.PIPE,
+        env={**os.environ, **settings}, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
 class Engine:
     """One engine on ``model`` that answers steps (see one_engine.py) until the ``with`` block ends.
 
     Args:
-        folder: for its log and its answers.
+        folder: for its log.
         arguments: as for ``vllm serve``.
+
+    Raises:
+        EngineError: it does not start.
     """
 
     def __init__(
@@ -68,22 +89,35 @@ class Engine:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"discard_partial_chunks": False, "lmcache_rpc_port": f"engine-{name}"},
         }
-        words = ["--model", str(model), *ARGUMENTS, "--kv-transfer-config", json.dumps(connector), *arguments]
         settings = {
-            "PYTHONPATH": str(REPOSITORY), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5", "DISAGG_KV_LOAD": "always",
+            "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5", "DISAGG_KV_LOAD": "always",
             "LMCACHE_CONFIG_FILE": str(PACKAGE / "configs" / f"lmcache-config-{server.kind}.yaml"),
             "DISAGG_SHM_URL" if server.kind == "shm" else "LMCACHE_REMOTE_URL": server.url,
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1", "LMCACHE_TRACK_USAGE": "false",
         }  # fmt: skip
-        self._folder, self._runs = folder, itertools.count()
         self._log = folder / f"{name}.log"
-        with self._log.open("w") as out:
-            self._child = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "tests/helpers/one_engine.py"), *words], text=True,
-                env={**os.environ, **settings, **(environment or {})}, stdin=subprocess.PIPE, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
+        self._log.touch()
+        spec = {
+            "log": str(self._log), "address": f"\0engine-{name}", "environment": {**settings, **(environment or {})},
+            "arguments": ["--model", str(model), *ARGUMENTS, "--kv-transfer-config", json.dumps(connector), *arguments],
+        }  # fmt: skip
+        with Listener(spec["address"], "AF_UNIX") as listener:
+            stdin = host().stdin
+            assert stdin is not None
+            stdin.write(json.dumps(spec) + "\n")
+            stdin.flush()
+            listener._listener._socket.settimeout(START_S)
+            self._connection = listener.accept()
+        self._process = self._answer(START_S)
+
+    def _answer(self, seconds: float) -> Any:
+        """What it says next. Raises EngineError: it has ended, or says nothing in time."""
+        try:
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+            ended = f"no answer within {seconds} s"
+        except EOFError:
+            ended = "it has ended"
+        raise EngineError(f"{ended}\n{self._log.read_text()}")
 
     def run(self, steps: Sequence[Any]) -> list[Step]:
         """The answers to ``steps``.
@@ -91,17 +125,9 @@ class Engine:
         Raises:
             EngineError: it has ended, or does not answer in time.
         """
-        assert self._child.stdin is not None
-        file = self._folder / f"{self._log.stem}-{next(self._runs)}.json"
         with contextlib.suppress(BrokenPipeError):  # its end is told below
-            self._child.stdin.write(json.dumps({"steps": steps, "answers": str(file)}) + "\n")
-            self._child.stdin.flush()
-        deadline = time.monotonic() + RUN_S
-        while not file.exists():
-            if self._child.poll() is not None or time.monotonic() > deadline:
-                raise EngineError(f"status {self._child.poll()}\n" + self._log.read_text())
-            time.sleep(0.02)
-        said = json.loads(file.read_text())
+            self._connection.send(list(steps))
+        said = self._answer(RUN_S)
         return [Step([Answer(**r) for r in s["requests"]], s["loaded"], s["states"]) for s in said]
 
     def __enter__(self) -> Engine:
@@ -109,18 +135,14 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         """End it. Raises EngineError: it ended with an error."""
-        assert self._child.stdin is not None
         try:
-            self._child.stdin.close()
-            status = self._child.wait(END_S)
-        except subprocess.TimeoutExpired:
-            status = "no end"
+            with contextlib.suppress(BrokenPipeError):
+                self._connection.send("end")
+            assert self._answer(END_S) == "ended"
         finally:
+            self._connection.close()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, 9)
-            self._child.wait()
-        if status != 0:
-            raise EngineError(f"status {status}\n" + self._log.read_text())
+                os.killpg(self._process, 9)
 
 
 def run_engine(*arguments: Any, steps: Sequence[Any]) -> list[Step]:

@@ -1,11 +1,8 @@
 """One vLLM engine that stores KV and loads it again, for tests of what is reused and whether answers stay equal.
 
-    python tests/helpers/one_engine.py ARGUMENTS... < STEPS
-
-ARGUMENTS are those of ``vllm serve``. Each line of STEPS is JSON: ``{"steps": [...], "answers": FILE}``. A step is a
-list of requests that are in flight together, or "reset": forget vLLM's own prefix cache, so that what comes next is in
-the store or nowhere. A request has ``prompt`` (token ids) and may have ``max_tokens``, ``salt``, ``lora`` ([name,
-number, path]), ``params`` (``kv_transfer_params``) and ``image`` (a seed).
+A step is a list of requests that are in flight together, or "reset": forget vLLM's own prefix cache, so that what comes
+next is in the store or nowhere. A request has ``prompt`` (token ids) and may have ``max_tokens``, ``salt``, ``lora``
+([name, number, path]), ``params`` (``kv_transfer_params``) and ``image`` (a seed).
 
 Answers: for each step of requests their token ids and ``cached_tokens``, the tokens that the workers say they loaded,
 and the states that the engine announced once the step's KV was in the store, or was told not to be.
@@ -17,10 +14,8 @@ import json
 import os
 import queue
 import socket
-import sys
 import threading
 import uuid
-from pathlib import Path
 from typing import Any
 
 ANNOUNCED_WITHIN_S = 60.0
@@ -131,24 +126,11 @@ def loaded_tokens() -> int:
     return sum(int(sample.value) for sample in samples if sample.name == "disagg_kv_loaded_tokens_total")
 
 
-def main() -> None:
-    announcements = Announcements()
-    llm = make_llm(sys.argv[1:])
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answers = []
-        for step in asked["steps"]:
-            if step == "reset":
-                assert llm.reset_prefix_cache(), "the prefix cache is in use"
-            else:
-                answers.append(run(llm, announcements, step))
-        file = Path(asked["answers"])
-        file.with_suffix(".part").write_text(json.dumps(answers))
-        file.with_suffix(".part").rename(file)
-    llm.llm_engine.engine_core.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # all is ended: the interpreter's own clean-up would take seconds
-
-
-if __name__ == "__main__":  # vLLM starts its engine as a process that imports this file again
-    main()
+def run_steps(llm: Any, announcements: Announcements, steps: list[Any]) -> list[dict[str, Any]]:
+    answers = []
+    for step in steps:
+        if step == "reset":
+            assert llm.reset_prefix_cache(), "the prefix cache is in use"
+        else:
+            answers.append(run(llm, announcements, step))
+    return answers
