@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,25 @@ def model_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def coming_reference(request, tmp_path_factory) -> Iterator[Future[list[Answer]] | None]:
+    """The reference, begun with the first test here: those before its first use keep one core busy, as it does."""
+    if not any("reference" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    folder, log = request.getfixturevalue("model_folder"), tmp_path_factory.mktemp("plain") / "plain.log"
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(plain_answers, folder, log)
+
+
 @pytest.fixture(scope="session")
-def reference(model_folder, tmp_path_factory) -> list[Answer]:
+def reference(coming_reference) -> list[Answer]:
     """What one plain vLLM server answers to the matrix."""
+    return coming_reference.result()
+
+
+def plain_answers(model_folder: Path, log: Path) -> list[Answer]:
     port = free_ports(1)[0]
-    log = tmp_path_factory.mktemp("plain") / "plain.log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),
         "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32",
