@@ -68,7 +68,8 @@ async def one_request(port: int, number: int, rng: random.Random) -> str:
     """Send one request; the way it ended. Raises AssertionError for an end that must not be."""
     stream = rng.random() < 0.6
     chunks = rng.choice([1, 5, 40])
-    prompt = f"{number}:" + "x" * rng.choice([1, 500, 20_000])  # each another: what servers die of twice is refused
+    # Each another, for what servers die of twice is refused; at its end, for the proxy remembers how prompts begin.
+    prompt = "x" * rng.choice([1, 500, 20_000]) + f":{number}"
     body = json.dumps({"prompt": prompt, "stream": stream}).encode()
     gap, delay, size = rng.choice([0, 0.005, 0.03]), rng.choice([0, 0.1]), rng.choice([5, 3000])
     mock = f"decode.chunks={chunks};decode.gap={gap};delay={delay};size={size}"
