@@ -13,8 +13,10 @@ import httptools
 from disagg_prefill_lmcache_v1.proxy.client_request import Channel, ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, too_long
 from disagg_prefill_lmcache_v1.proxy.headers import Header
+from disagg_prefill_lmcache_v1.proxy.known_head import KnownHead
 
 _FIELD_COST = 32  # what a header field counts beside its text
+_REMEMBERED = range(2, 6)  # which requests of a connection may leave their head: some clients have a new one each time
 _FRAMING_PART = 16  # most bytes of framing (chunk sizes, extensions, trailers) for each byte of body
 
 _absolute_form = re.compile(rb"https?://[^/?#@]+(/[^#]*)?", re.IGNORECASE).fullmatch
@@ -83,9 +85,59 @@ class RequestParser:
         self._upgrade = self._replay = False
         self._fed = 0  # bytes parsed of the message
         self._fault: ProxyError | None = None
+        self._known: KnownHead | None = None
+        self._left = 0  # bytes that are missing of the body of a request with a known head
+        self._begun = 0  # messages
 
     def feed(self, data: bytes) -> None:
         """Parse what was read."""
+        if self._left:
+            data = self._take_rest(data)
+            if not data:
+                return
+        fresh = not self.in_head and self.receiving is None and not self.ended
+        if fresh and self._known is not None:
+            found = self._known.match(data)
+            if found is not None and found[1] + found[0] >= len(data) and found[0] <= self._limits.body_bytes:
+                self._take_known(self._known, data, *found)
+                return
+        begun = self._begun
+        self._parse(data)
+        if fresh and self._begun == begun + 1 and self._begun in _REMEMBERED and not (self.ended or self.in_head):
+            self._remember(self._latest, data)
+
+    def _remember(self, request: ClientRequest, data: bytes) -> None:
+        """Know the head of the request that ``data`` begins with from now on."""
+        if request.version == "1.1" and request.keep_alive:
+            known = KnownHead(request.method, request.path, request.target, request.headers)
+            if known.learn(data, self._limits.head_bytes - len(self._url) - self._head_size):
+                self._known = known
+
+    def _take_known(self, known: KnownHead, data: bytes, length: int, start: int) -> None:
+        """A request whose head is known, and as much of its body as there is."""
+        request = ClientRequest(self._sink, known.method, known.path, known.target, known.headers, "1.1", True)
+        request.known = known
+        self.receiving = request
+        self._left = length
+        self._sink.take_request(request)
+        self._take_rest(data[start:])
+
+    def _take_rest(self, data: bytes) -> bytes:
+        """Some of that body; returns what follows it."""
+        request, left = self.receiving, self._left
+        if request is None or self.ended:
+            return b""
+        if data:
+            request.take_body(data if len(data) <= left else data[:left])
+        self._left = max(left - len(data), 0)
+        if not self._left:
+            self.receiving = None
+            request.end_body()
+            if not request.keep_alive:
+                self.ended = True
+        return data[left:]
+
+    def _parse(self, data: bytes) -> None:
         self._fed += len(data)
         try:
             while data and not self.ended:
@@ -136,6 +188,7 @@ class RequestParser:
         if self._replay:
             return
         self.in_head = True
+        self._begun += 1
         self._fed = self._head_size = 0
         self._url = b""
         self._headers: list[Header] = []
@@ -170,7 +223,7 @@ class RequestParser:
         keep_alive = error is None and version == "1.1" and parser.should_keep_alive()
         request = ClientRequest(self._sink, method, path, target, self._headers, version, keep_alive, error)
         self._upgrade = parser.should_upgrade()
-        self.receiving = request
+        self.receiving = self._latest = request
         self._sink.take_request(request)
 
     def on_body(self, body: bytes) -> None:

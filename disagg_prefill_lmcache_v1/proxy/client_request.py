@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.headers import Header
+from disagg_prefill_lmcache_v1.proxy.known_head import KnownHead
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 _JOINED_BYTES = 65536  # a longer body is not copied to stand behind its head
@@ -51,6 +52,7 @@ class ClientRequest:
         "gone",
         "headers",
         "keep_alive",
+        "known",
         "method",
         "path",
         "started",
@@ -69,6 +71,7 @@ class ClientRequest:
     ) -> None:  # fmt: skip
         self._channel = channel
         self.transport = channel.transport
+        self.known: KnownHead | None = None  # set where the head was parsed before
         self.method = method
         self.path = path
         self.target = target

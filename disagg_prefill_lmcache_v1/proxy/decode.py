@@ -66,7 +66,7 @@ class DecodeStage:
                 if response.status == 500:
                     request.deaths += (upstream.death(sure=False),)
                 request.decode_s = time.perf_counter() - begin
-                request.reused_tokens = told_reuse(response.headers)
+                request.reused_tokens = told_reuse(response.internal)
                 if self._may_be_known_elsewhere(request, response, upstream, tried):
                     continue
                 if response.complete and not response.event_stream:

@@ -75,13 +75,17 @@ class RequestHandler:
 
     async def handle(self, client: ClientRequest) -> None:
         """Serve one request."""
-        given = RequestHeaders(client.headers)
+        known = client.known
+        if known is None:
+            given = RequestHeaders(client.headers)
+            lines = b"".join(given.sent_on)
+        else:
+            given, lines = known.given, known.lines
         request_id = given.request_id or b"%b%012x" % (self._id_prefix, next(self._ids))
-        given.sent_on.append(b"x-request-id: %b\r\n" % request_id)
         method, path = client.method, client.path
         request = RequestContext(
             method, path, client.target, path if path in _GENERATING and method == "POST" else "other",
-            request_id.decode(), b"".join(given.sent_on),
+            request_id.decode(), b"%bx-request-id: %b\r\n" % (lines, request_id),
             cors_lines(self._cors, given.origin) if self._cors and given.origin else b"",
         )  # fmt: skip
         logged = True

@@ -14,7 +14,7 @@ _header_line = re.compile(
 # Most header lines are the same in many messages: each is parsed once. Those with an id are not worth keeping.
 known_lines: dict[bytes, Header] = {}
 _KNOWN_LINES = 512
-_UNIQUE = frozenset((b"x-request-id", b"x-kv-wait-ms", b"traceparent"))
+UNIQUE = frozenset((b"x-request-id", b"x-kv-wait-ms", b"x-kv-timing", b"x-kv-transfer-ms", b"traceparent"))
 
 
 def parse_header(line: bytes) -> Header | None:
@@ -24,7 +24,7 @@ def parse_header(line: bytes) -> Header | None:
         return None
     name, value = match[1].lower(), match[2]
     header = (name, value, b"%b: %b\r\n" % (match[1], value))
-    if name not in _UNIQUE and len(line) < 256:
+    if name not in UNIQUE and len(line) < 256:
         if len(known_lines) >= _KNOWN_LINES:
             known_lines.clear()
         known_lines[line] = header

@@ -144,7 +144,7 @@ class PrefillStage:
 
     def _note_kv(self, request: RequestContext, response: Response, upstream: Upstream) -> None:
         state, wait, reason = "unknown", None, ""
-        for name, value, _ in response.headers:
+        for name, value, _ in response.internal:
             if name == b"x-kv-state":
                 state = _KV_STATES.get(value, "unknown")
             elif name == b"x-kv-reason":

@@ -53,7 +53,8 @@ def answer(
     status: int = 200, *pairs: tuple[str, str], body: bytes = b"{}", complete: bool = True, events: bool = False
 ) -> Response:
     made = Response(Source())  # type: ignore[arg-type]
-    made.status, made.headers, made.body, made.complete = status, headers(*pairs), body, complete
+    made.status, made.body, made.complete = status, body, complete
+    made.headers = made.internal = headers(*pairs)
     made.event_stream = events
     made.length = None if events else len(body)
     return made

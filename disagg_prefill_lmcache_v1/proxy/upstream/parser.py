@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from disagg_prefill_lmcache_v1.proxy.headers import known_lines, parse_header
 from disagg_prefill_lmcache_v1.proxy.upstream.errors import UpstreamError
+from disagg_prefill_lmcache_v1.proxy.upstream.head import Head, known_heads, parse_head
 from disagg_prefill_lmcache_v1.proxy.upstream.response import Response
 
 HEAD, FIXED, CHUNKED, UNTIL_CLOSE, IDLE, CLOSED = range(6)
@@ -19,9 +19,6 @@ _MAX_LINE = 4096  # longest chunk-size or trailer line
 _MAX_TRAILER = 16384
 plain_size = re.compile(rb"([0-9a-fA-F]{1,8})\r\n").match
 _any_size = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?").fullmatch
-_digits = re.compile(rb"[0-9]{1,18}").fullmatch
-_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
-_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection", b"content-type"))
 
 
 class AnswerParser:
@@ -90,7 +87,9 @@ class AnswerParser:
             if end < 0:
                 self._rest = data
                 return
-            status = self._parse_head(data[:end].split(b"\r\n"))
+            text = data[:end]
+            head = known_heads.get(text) or parse_head(text)
+            status = head.status
             data = data[end + 4 :]
             if status >= 200:
                 break
@@ -101,7 +100,9 @@ class AnswerParser:
                 return
         self._rest = b""
         response = self.response
-        response.status = status
+        response.status, response.headers, response.internal = status, head.headers, head.internal
+        response.event_stream = head.event_stream
+        self._choose_framing(head)
         if self._state == FIXED and self._left == 0:
             self.end(data)
         elif data:
@@ -109,52 +110,13 @@ class AnswerParser:
         elif response.event_stream:
             self.head_alone()
 
-    def _parse_head(self, lines: list[bytes]) -> int:
-        """Status of a head; sets the headers and how the body is framed."""
-        match = _status_line(lines[0])
-        if match is None:
-            raise UpstreamError("protocol", "bad status line")
-        status = int(match[2])
-        self._keep_alive = match[1] == b"1"
-        response = self.response
-        response.headers = headers = []
-        length: int | None = None
-        chunked = False
-        for line in lines[1:]:
-            header = known_lines.get(line) or parse_header(line)
-            if header is None:
-                raise UpstreamError("protocol", "bad header")
-            headers.append(header)
-            name = header[0]
-            if name not in _FRAMING:
-                continue
-            value = header[1]
-            if name == b"content-length":
-                if not _digits(value) or (length is not None and length != int(value)):
-                    raise UpstreamError("protocol", "bad Content-Length")
-                length = int(value)
-            elif name == b"content-type":
-                response.event_stream = value.lower().startswith(b"text/event-stream")
-            elif name == b"transfer-encoding":
-                if value.lower() != b"chunked" or chunked:
-                    raise UpstreamError("protocol", "unknown Transfer-Encoding")
-                chunked = True
-            else:
-                tokens = value.lower()
-                if b"close" in tokens:
-                    self._keep_alive = False
-                elif b"keep-alive" in tokens:
-                    self._keep_alive = True
-        if status >= 200:
-            self._choose_framing(status, length, chunked)
-        return status
-
-    def _choose_framing(self, status: int, length: int | None, chunked: bool) -> None:
-        response = self.response
-        if self._no_body or status in (204, 304):
+    def _choose_framing(self, head: Head) -> None:
+        response, length = self.response, head.length
+        self._keep_alive = head.keep_alive
+        if self._no_body or head.status in (204, 304):
             response.length = length
             self._state, self._left = FIXED, 0
-        elif chunked:
+        elif head.chunked:
             if length is not None:
                 raise UpstreamError("protocol", "both Content-Length and Transfer-Encoding")
             response.chunked = True

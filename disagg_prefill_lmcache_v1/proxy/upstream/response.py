@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from disagg_prefill_lmcache_v1.proxy.headers import Header
@@ -43,12 +44,13 @@ class Source(Protocol):
 class Response:
     """Answer of a server. ``body`` is whole when ``complete``, else the rest comes from ``connection``."""
 
-    __slots__ = ("body", "chunked", "complete", "connection", "event_stream", "headers", "length", "status")
+    __slots__ = ("body", "chunked", "complete", "connection", "event_stream", "headers", "internal", "length", "status")
 
     def __init__(self, connection: Source) -> None:
         self.connection = connection
         self.status = 0
-        self.headers: list[Header] = []
+        self.headers: Sequence[Header] = ()
+        self.internal: Sequence[Header] = ()  # those of them that the server tells the proxy alone
         self.body = b""
         self.complete = False
         self.chunked = False
