@@ -146,15 +146,16 @@ class Launch:
         return (self.records / f"{name}.json").exists()
 
     def running(self) -> list[int]:
-        """Processes that carry this test's mark; those on their way out get a moment."""
+        """Those of them that stay; the ones on their way out get a moment."""
         deadline = time.monotonic() + 20
-        while pids := list(self._marked()):
+        while pids := list(self.marked()):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         return pids
 
-    def _marked(self) -> Iterator[int]:
+    def marked(self) -> Iterator[int]:
+        """Processes that carry this test's mark now."""
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if f"LAUNCH_TEST_MARK={self.mark}".encode() in entry.read_bytes():
@@ -171,6 +172,6 @@ class Launch:
         return lines
 
     def kill_leftovers(self) -> None:
-        for pid in self._marked():
+        for pid in self.marked():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

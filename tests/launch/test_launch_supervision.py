@@ -179,7 +179,7 @@ def test_signals_end_everything(launch: Launch, name: str, status: int, phase: s
     process = launch.start(EXAMPLE, *launch.arguments(), **slow)
     wanted = record_name(launch, "decoder") if phase == "start" else "load"
     wait_until(lambda: launch.has_record(wanted), f"{wanted} running")
-    assert len(launch.running()) >= 5
+    assert len(list(launch.marked())) >= 5
     process.send_signal(getattr(signal, name))
     assert launch.finish(process).returncode == status
 
