@@ -17,7 +17,7 @@ HOSTILE = Path(__file__).resolve().parents[1] / "helpers" / "hostile_clients.py"
 KEY = "secret"
 CLIENTS, REQUESTS, CHUNKS = 20, 15, 10
 HOSTILE_OF_EACH_KIND = 8
-ADDED_TTFT_S = 0.050  # on a busy machine as much as its work takes without any hostile client
+ADDED_TTFT_S = 0.050
 ROUNDS = 8  # the best one counts: what else runs on the machine can only add
 MEMORY_BYTES = 150 << 20  # for 112 hostile connections
 TIMEOUT_S = 4.0
@@ -112,7 +112,7 @@ def test_hostile_clients_do_not_hurt_honest_ones() -> None:
                 assert min(attempts.values()) >= HOSTILE_OF_EACH_KIND, attempts
             alone, beside = times
             rounds.append((round(alone * 1000), round(beside * 1000)))
-            if beside - alone < max(ADDED_TTFT_S, alone):
+            if beside - alone < ADDED_TTFT_S:
                 break
         else:
             pytest.fail(f"p99 of TTFT in ms, beside hostile clients of another proxy and of this one: {rounds}")
