@@ -21,6 +21,7 @@ from typing import Any
 
 from disagg_prefill_lmcache_v1.measure.arm import measure_arm
 from disagg_prefill_lmcache_v1.measure.compare_settings import ARMS, CompareSettings, parse_settings
+from disagg_prefill_lmcache_v1.measure.files import write_whole
 from disagg_prefill_lmcache_v1.measure.progress import say
 from disagg_prefill_lmcache_v1.measure.report import ReportError, write_report
 from disagg_prefill_lmcache_v1.measure.types import LoadError, UsageError
@@ -63,10 +64,7 @@ def read(path: Path) -> Any:
 
 
 def write(path: Path, content: Any) -> None:
-    """As a whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def run_arm(settings: CompareSettings, workload: Workload) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagg_prefill_lmcache_v1.measure.files import write_whole
 from disagg_prefill_lmcache_v1.measure.parts import all_parts, describe_parts, percentile, summarise_parts
 from disagg_prefill_lmcache_v1.measure.settings import Settings
 from disagg_prefill_lmcache_v1.measure.target import rate
@@ -305,7 +306,5 @@ def _to_json(summary: dict[str, Any]) -> str:
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> Path:
     """Writes summary.json as a whole or not at all."""
     path = run_dir / "summary.json"
-    temporary = run_dir / f".summary-{os.getpid()}.json"
-    temporary.write_text(_to_json(summary), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, _to_json(summary))
     return path
