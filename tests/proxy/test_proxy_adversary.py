@@ -18,7 +18,7 @@ KEY = "secret"
 CLIENTS, REQUESTS, CHUNKS = 20, 15, 10
 HOSTILE_OF_EACH_KIND = 8
 ADDED_TTFT_S = 0.050
-ROUNDS = 8  # the best one counts: what else runs on the machine can only add
+ROUNDS = 8  # the best of each kind counts: what else runs on the machine, or is left of a round, can only add
 MEMORY_BYTES = 150 << 20  # for 112 hostile connections
 TIMEOUT_S = 4.0
 
@@ -110,12 +110,12 @@ def test_hostile_clients_do_not_hurt_honest_ones() -> None:
                 finally:
                     attempts = hostile.stop()
                 assert min(attempts.values()) >= HOSTILE_OF_EACH_KIND, attempts
-            alone, beside = times
-            rounds.append((round(alone * 1000), round(beside * 1000)))
+            rounds.append(times)
+            alone, beside = map(min, zip(*rounds, strict=True))
             if beside - alone < ADDED_TTFT_S:
                 break
         else:
-            pytest.fail(f"p99 of TTFT in ms, beside hostile clients of another proxy and of this one: {rounds}")
+            pytest.fail(f"p99 of TTFT in s, beside hostile clients of another proxy and of this one: {rounds}")
         assert peak - memory < MEMORY_BYTES, f"{(peak - memory) >> 20} MiB"
         wait_until(lambda: proxy.descriptors() <= descriptors, "descriptors are back")
         wait_until(lambda: proxy.resident_bytes() < 1.15 * memory, f"memory is back at {memory >> 20} MiB")
