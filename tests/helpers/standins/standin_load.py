@@ -20,11 +20,11 @@ def told(variable: str) -> str:
     return value if only in ("", name) else "0"
 
 
+print(f"stand-in {name} runs", flush=True)
 if record := os.environ.get("STANDIN_RECORD"):
     text = json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid()})
     partial = Path(record, f".{name}")
     partial.write_text(text)
     partial.rename(Path(record, f"{name}.json"))
-print(f"stand-in {name} runs", flush=True)
 time.sleep(float(told("STANDIN_LOAD_SECONDS")))
 sys.exit(int(told("STANDIN_LOAD_STATUS")))

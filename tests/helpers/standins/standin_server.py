@@ -72,12 +72,12 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         memory = shared_memory.SharedMemory(create=True, size=4096)
         shared = memory.name
+    print(f"stand-in {me} starts", flush=True)
     if record := os.environ.get("STANDIN_RECORD"):
         text = json.dumps({"argv": sys.argv[2:], "env": dict(os.environ), "pid": os.getpid(), "shared": shared})
         partial = Path(record, f".{me}")
         partial.write_text(text)
         partial.rename(Path(record, f"{me}.json"))
-    print(f"stand-in {me} starts", flush=True)
     if kind == "vllm":
         ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if os.environ.get("STANDIN_STUBBORN") else ""
         body = f"import signal, time; {ignore} time.sleep(300)"
