@@ -18,6 +18,7 @@ from typing import Any
 SOCKET_VARIABLE = "DISAGG_KV_VISIBILITY"
 
 
+CANDIDATES = 2  # the chosen token and the next one, to tell rounding from a wrong KV cache
 TOLD_WITHIN_S = 30.0  # of an answer: the workers' word goes with a step, and the machine may be busy
 
 
@@ -123,7 +124,7 @@ class Instance:
         from vllm import SamplingParams
 
         begin = time.perf_counter()
-        parameters = SamplingParams(temperature=0, max_tokens=max_tokens)
+        parameters = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=CANDIDATES)
         output = self._llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)[0]
         duration_s = time.perf_counter() - begin
         reused = None
@@ -135,6 +136,7 @@ class Instance:
         return {
             "text": answer.text,
             "token_ids": list(answer.token_ids),
+            "candidates": [{token: each.logprob for token, each in place.items()} for place in answer.logprobs],
             "reused_tokens": reused,
             "cached_tokens": output.num_cached_tokens or 0,
             "ttft_s": getattr(output.metrics, "first_token_latency", None) or duration_s,

@@ -101,6 +101,19 @@ def test_reused_is_what_was_loaded_not_what_vllm_counts(model: Path, tmp_path: P
     assert json.loads(out.read_text())["problems"] == ["nothing was reused"]
 
 
+def test_texts_that_part_at_a_tie_are_told_and_no_failure(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = run(model, "--json", str(out), MOCK_OTHER_TEXT="retrieve", MOCK_TIE="store:0.0009")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["texts_equal"], result["problems"]) == (False, [])
+    assert "log-probabilities 0.00090 apart" in result["difference"]
+    assert "a tie: token 5" in done.stdout
+    done = run(model, "--json", str(out), MOCK_OTHER_TEXT="retrieve", MOCK_TIE="store:0.0011")
+    assert done.returncode == 1
+    assert "NO: token 5" in done.stdout
+
+
 def test_a_fork_of_an_engine_may_end(model: Path) -> None:
     done = run(model, MOCK_FORK="retrieve", MOCK_STORE_DELAY="store:2.5")
     assert done.returncode == 0, done.stderr
@@ -122,7 +135,7 @@ def test_the_retrieve_waits_until_all_ranks_have_stored(model: Path, tmp_path: P
     ("fault", "value", "cause"),
     [
         ("MOCK_NO_REUSE", "retrieve", "nothing was reused"),
-        ("MOCK_OTHER_TEXT", "retrieve", "the two texts differ"),
+        ("MOCK_OTHER_TEXT", "retrieve", "the two texts differ: token 5 is "),
         ("MOCK_STATE", "store:failed", "the KV cache was not stored: mock reason"),
         ("MOCK_FAIL_START", "retrieve", "the retrieve instance failed: ValueError: mock: no memory for the KV cache"),
         ("MOCK_FAIL_START", "store", "the store instance failed: ValueError: mock: no memory"),

@@ -24,8 +24,8 @@ def fault(name: str) -> str:
 
 
 class SamplingParams:
-    def __init__(self, temperature: float, max_tokens: int) -> None:
-        assert temperature == 0
+    def __init__(self, temperature: float, max_tokens: int, logprobs: int) -> None:
+        assert (temperature, logprobs) == (0, 2)
         self.max_tokens = max_tokens
 
 
@@ -100,13 +100,16 @@ class LLM:
             loaded = cached - min(int(fault("NOT_LOADED") or 0), cached)
             self.announce({"id": f"{request_id}-a1b2c3", "reused": loaded})
         answer = [(token + 1) % 100 for token in tokens[: parameters.max_tokens]]
+        gap = float(fault("TIE") or 1)
+        candidates = [{token: -1.0, token + 1: -1.0 - gap} for token in answer]
         if fault("OTHER_TEXT"):
             answer[-1] += 1
+        logprobs = [{token: SimpleNamespace(logprob=value) for token, value in place.items()} for place in candidates]
         return [
             SimpleNamespace(
                 request_id=request_id,
                 num_cached_tokens=cached,
                 metrics=SimpleNamespace(first_token_latency=0.01 if cached else 0.1),
-                outputs=[SimpleNamespace(text=" ".join(map(str, answer)), token_ids=answer)],
+                outputs=[SimpleNamespace(text=" ".join(map(str, answer)), token_ids=answer, logprobs=logprobs)],
             )
         ]
