@@ -63,7 +63,7 @@ def compare_answers(answer: Answer, reference: Answer, settings: Settings) -> Co
     if ours[first] in candidates and first < len(reference.logprobs):
         gap = reference.logprobs[first] - candidates[ours[first]]
         detail += f" (log-probability gap {gap:.4f} in the reference)"
-        if not settings.exact and gap <= settings.near_tie_tolerance:
+        if gap <= (settings.logprob_tolerance if settings.exact else settings.near_tie_tolerance):
             return Comparison("near-tie", detail, largest)
     return Comparison("different", detail, largest)
 

@@ -59,7 +59,9 @@ class Settings:
         "the reference's two candidates are close, for lower precision; auto: exact on cpu, otherwise near-tie",
         choices=("auto", "exact", "near-tie"),
     )
-    logprob_tolerance: float = setting(0.001, "exact: largest difference of a token's log-probability", low=0)
+    logprob_tolerance: float = setting(
+        0.001, "exact: largest difference of a token's log-probability, and largest gap at a tie", low=0
+    )
     near_tie_tolerance: float = setting(0.25, "near-tie: largest gap of the log-probabilities at a tie", low=0)
     request_timeout: float = setting(300.0, "deadline of a request, seconds", above=0)
     seed: int | None = setting(None, "seed of the prompts", kind="whole", low=0, shown="a new one every time, printed")
@@ -72,7 +74,7 @@ class Settings:
 
     @property
     def exact(self) -> bool:
-        """Answers are compared token for token, with no near ties."""
+        """Answers are compared token for token, with ties of ``logprob_tolerance`` alone."""
         return self.compare == "exact" or (self.compare == "auto" and self.device == "cpu")
 
     @property

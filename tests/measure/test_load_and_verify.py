@@ -326,9 +326,15 @@ def test_equal_tokens_with_other_logprobs_fail_where_exactness_is_due(mocks: tup
 
 @pytest.mark.parametrize(
     ("device", "runner_up", "ties", "passes"),
-    [("cuda", -0.3, 1, True), ("cuda", -0.9, 0, False), ("cpu", -0.3, 0, False)],
+    [
+        ("cuda", -0.3, 1, True),
+        ("cuda", -0.9, 0, False),
+        ("cpu", -0.3, 0, False),
+        ("cpu", -0.2009, 1, True),
+        ("cpu", -0.2012, 0, False),
+    ],
 )
-def test_a_near_tie_is_accepted_for_lower_precision_only(mocks, device, runner_up, ties, passes) -> None:
+def test_a_tie_is_as_wide_as_the_precision_allows(mocks, device, runner_up, ties, passes) -> None:
     mocks[0].wrong_for = lambda prompt_tokens: prompt_tokens == 64
     for mock in mocks:
         mock.runner_up = runner_up
