@@ -53,7 +53,7 @@ class Settings:
     probe: str = setting("on", "the correctness probe", choices=("on", "off"))
     probe_output_len: int = setting(16, "answer tokens of a probe request", low=1)
     probe_concurrency: int = setting(4, "probe requests at a time", low=1)
-    compare: str = setting(
+    probe_compare: str = setting(
         "auto",
         "exact: equal tokens and close log-probabilities, for float32 servers; near-tie: a token may differ where "
         "the reference's two candidates are close, for lower precision; auto: exact on cpu, otherwise near-tie",
@@ -75,7 +75,7 @@ class Settings:
     @property
     def exact(self) -> bool:
         """Answers are compared token for token, with ties of ``logprob_tolerance`` alone."""
-        return self.compare == "exact" or (self.compare == "auto" and self.device == "cpu")
+        return self.probe_compare == "exact" or (self.probe_compare == "auto" and self.device == "cpu")
 
     @property
     def proxy_headers(self) -> dict[str, str]:
