@@ -96,7 +96,7 @@ class Benchmark:
             raise LoadError(f"{title}: no request was answered, the first one: {measured['errors'][0].strip()[-300:]}")
         ids = [f"{name}-{index}" for index in range(len(measured["errors"]))]
         told = await access_log(self.settings.run_dir / PROXY_LOGS[self.arm], ids)
-        return {"request_rate": rate, **point_of(measured, [told.get(each, {}) for each in ids], ids)}
+        return {"request_rate": rate, "serial": serial, **point_of(measured, [told.get(each, {}) for each in ids], ids)}
 
 
 def arguments(settings: CompareSettings, workload: Workload, trace: Path, result: Path, prefix: str) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any
 from disagg_prefill_lmcache_v1.measure.arm import measure_arm
 from disagg_prefill_lmcache_v1.measure.compare_settings import ARMS, CompareSettings, parse_settings
 from disagg_prefill_lmcache_v1.measure.files import write_whole
+from disagg_prefill_lmcache_v1.measure.parts import all_points, rate_name
 from disagg_prefill_lmcache_v1.measure.progress import say
 from disagg_prefill_lmcache_v1.measure.report import ReportError, write_report
 from disagg_prefill_lmcache_v1.measure.types import LoadError, UsageError
@@ -83,7 +84,7 @@ def result(settings: CompareSettings, workload: Workload) -> list[str]:
     summary = read(path) if path.is_file() else {}  # of the probe of the pair
     same = answers(arms)
     text = sentence(arms, settings.targets)
-    for point in (each for arm in arms.values() for each in [*arm["points"], arm["serial"] or {"requests": []}]):
+    for point in (each for arm in arms.values() for each in all_points(arm)):
         for request in point["requests"]:
             del request["text"]
     names = ("model", "backend", "kv_load", "graphs", "tensor_parallel_size", "prefillers", "decoders")
@@ -99,7 +100,7 @@ def result(settings: CompareSettings, workload: Workload) -> list[str]:
     write(path, content)
     print("  latencies: p50/p90/p99, milliseconds")
     print(table(arms, settings.servers))
-    print(f"  TTFT of the pair goes to: {where_ttft_goes(arms['pair']['points'])}")
+    print(f"  TTFT of the pair {where_ttft_goes(arms['pair']['points'])}")
     print(f"  answers: {same['equal']} of {same['compared']} the same in both arms")
     print(f"  comparison: {path}")
     try:
@@ -108,9 +109,9 @@ def result(settings: CompareSettings, workload: Workload) -> list[str]:
         say(f"compare: no report: {error}")
     print(f"\n{text}", flush=True)
     failures = [
-        f"{name}, {point['request_rate']:g} requests/s: {point['failed']} requests failed: "
+        f"{name}, {rate_name(point)} requests/s: {point['failed']} requests failed: "
         + next(each["error"] for each in point["requests"] if each["error"])
-        for name, arm in arms.items() for point in arm["points"] if point["failed"]
+        for name, arm in arms.items() for point in all_points(arm) if point["failed"]
     ]  # fmt: skip
     if settings.device == "cpu" and same["equal"] != same["compared"]:
         failures.append(f"answers of the two arms differ: {same['first_difference']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from disagg_prefill_lmcache_v1.measure.types import Answer
@@ -22,6 +22,18 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def all_points(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Points of an arm of compare.json; of a sweep also the one with one request at a time."""
+    return ([arm["serial"]] if arm.get("serial") else []) + arm["points"]
+
+
+def rate_name(point: Mapping[str, Any]) -> str:
+    """Requests per second of a point, or how else it was measured."""
+    if point["request_rate"]:
+        return f"{point['request_rate']:g}"
+    return "one at a time" if point.get("serial") else "all at once"
 
 
 def read_parts(header: str) -> dict[str, float]:

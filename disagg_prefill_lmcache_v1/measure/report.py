@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_prefill_lmcache_v1.measure import report_charts
-from disagg_prefill_lmcache_v1.measure.parts import describe_parts, percentile
+from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name
 
 NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -100,7 +100,7 @@ def make_report(result: dict[str, Any]) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ReportError(f"{NAME} needs Plotly: pip install plotly") from None
-    arms: dict[str, list[dict[str, Any]]] = {name: arm["points"] for name, arm in result["arms"].items()}
+    arms: dict[str, list[dict[str, Any]]] = {name: all_points(arm) for name, arm in result["arms"].items()}
     title = " against ".join(("plain servers" if name == "plain" else "the pair") for name in arms) or "nothing"
     charts = {
         "all": {"pareto": report_charts.pareto(arms, max(int(result.get("cards") or 1), 1))},
@@ -119,11 +119,11 @@ def make_report(result: dict[str, Any]) -> str:
 
 def _by_rate(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Rate, as text, to the point of each arm; the highest first, which shows most."""
-    rates: dict[float, dict[str, dict[str, Any]]] = {}
+    rates: dict[str, dict[str, dict[str, Any]]] = {}
     for arm, points in arms.items():
-        for point in points:
-            rates.setdefault(float(point["request_rate"]), {})[arm] = point
-    return {f"{rate:g}" if rate else "all at once": rates[rate] for rate in sorted(rates, reverse=True)}
+        for point in sorted(points, key=lambda each: -each["request_rate"]):
+            rates.setdefault(rate_name(point), {})[arm] = point
+    return rates
 
 
 def _point_charts(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -183,8 +183,7 @@ def _table(arms: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
     for arm, points in arms.items():
         for point in points:
-            rate = f"{point['request_rate']:g}" if point["request_rate"] else "all at once"
-            cells = [arm, rate, f"{point['completed']}", f"{point['failed']}"]
+            cells = [arm, rate_name(point), f"{point['completed']}", f"{point['failed']}"]
             for key, _ in _LATENCIES:
                 of = point.get(key) or {}
                 cells.append(" / ".join(f"{of[p]:,.4g}" if p in of else "-" for p in ("p50", "p90", "p99")))

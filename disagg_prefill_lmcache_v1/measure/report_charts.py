@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from disagg_prefill_lmcache_v1.measure.parts import percentile
+from disagg_prefill_lmcache_v1.measure.parts import percentile, rate_name
 
 Figure = dict[str, Any]
 Arms = dict[str, list[dict[str, Any]]]
@@ -59,7 +59,7 @@ def pareto(points: Arms, cards: int) -> Figure:
     traces = []
     for number, (arm, given) in enumerate(points.items()):
         shown = [point for point in given if (point["tpot_ms"] or {}).get("p50")]
-        text = [f"{point['request_rate']:g}/s" for point in shown]
+        text = [rate_name(point) + ("/s" if point["request_rate"] else "") for point in shown]
         traces.append({
             "type": "scatter", "mode": "lines+markers+text", "name": arm, "text": text, "textposition": "top center",
             "x": [round(1000 / point["tpot_ms"]["p50"], 2) for point in shown],

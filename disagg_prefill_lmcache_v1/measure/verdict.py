@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from disagg_prefill_lmcache_v1.measure.parts import describe_parts, percentile
+from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name
 
 Point = Mapping[str, Any]  # of compare.json
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
@@ -39,9 +39,15 @@ def sentence(arms: Mapping[str, Mapping[str, Any]], targets: Mapping[str, float]
     rate = max(best.values()) or min(points)
     text = f"at {rate:g} requests/s: {with_targets(points[rate], targets)}"
     if len(points) > 1:
-        told = [f"{name} {f'{best[name]:g} requests/s' if best[name] else 'none'}" for name in arms]
+        told = [f"{name} {highest(points, name, best[name])}" for name in arms]
         text += f"; highest rate that met the targets: {', '.join(told)}"
     return text
+
+
+def highest(points: Mapping[float, Mapping[str, Point]], name: str, best: float) -> str:
+    """The best rate of an arm, and those below at which it was worse: a rate is measured once."""
+    missed = [f"{rate:g}" for rate in points if rate < best and met(points[rate][name]) < SHARE]
+    return (f"{best:g} requests/s" if best else "none") + (f" (but not {', '.join(missed)})" if missed else "")
 
 
 def with_targets(points: Mapping[str, Point], targets: Mapping[str, float]) -> str:
@@ -129,12 +135,12 @@ def differ(ours: Sequence[Point], theirs: Sequence[Point], figure: Callable[[Seq
 def table(arms: Mapping[str, Mapping[str, Any]], servers: int) -> str:
     """The figures for people; latencies are p50/p90/p99 in milliseconds."""
     rows = [["requests/s", "arm", "failed", *NAMES.values(), "answered/s", "tokens/s a server", "goodput/s"]]
-    points = [(each["request_rate"], name, each) for name, arm in arms.items() for each in arm["points"]]
-    for rate, name, point in sorted(points, key=lambda each: each[0] or math.inf):
+    points = [(name, each) for name, arm in arms.items() for each in all_points(arm)]
+    for name, point in sorted(points, key=_order):
         goodput = point.get("goodput")
         latencies = ("/".join(_short(point[f"{key}_ms"][share]) for share in ("p50", "p90", "p99")) for key in NAMES)
         rows.append([
-            f"{rate:g}" if rate else "all at once", name, f"{point['failed']}", *latencies,
+            rate_name(point), name, f"{point['failed']}", *latencies,
             _short(point["request_throughput"]), _short(point["output_throughput"] / servers),
             "-" if goodput is None else _short(goodput),
         ])  # fmt: skip
@@ -144,28 +150,33 @@ def table(arms: Mapping[str, Mapping[str, Any]], servers: int) -> str:
     )
 
 
+def _order(row: tuple[str, Point]) -> float:
+    return -1.0 if row[1].get("serial") else row[1]["request_rate"] or math.inf
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def where_ttft_goes(points: Sequence[Point]) -> str:
-    """Of an arm's last point: the largest parts of TTFT and what was reused."""
-    requests = [each for each in points[-1]["requests"] if each["parts"]]
+    """Of an arm's point with the highest rate: the largest parts of TTFT and what was reused."""
+    point = max(points, key=lambda each: each["request_rate"])
+    requests = [each for each in point["requests"] if each["parts"]]
     names = dict.fromkeys(name for each in requests for name in each["parts"])
     means = {name: {"mean": sum(each["parts"].get(name, 0.0) for each in requests) / len(requests)} for name in names}
-    told = [each for each in points[-1]["requests"] if each["reused_tokens"] is not None]
+    told = [each for each in point["requests"] if each["reused_tokens"] is not None]
     prompts = sum(each["input_tokens"] for each in told)
     reused = (
         f"; reused {sum(each['reused_tokens'] for each in told) / prompts:.1%} of the prompt tokens" if prompts else ""
     )
-    return describe_parts({"ttft_parts_ms": means}) + reused
+    return f"at {rate_name(point)} requests/s goes to: {describe_parts({'ttft_parts_ms': means})}{reused}"
 
 
 def answers(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """How many requests had the same answer in both arms, and the first one that had not."""
     equal = compared = 0
     first = ""
-    for plain, pair in zip(*(arms[name]["points"] for name in ("plain", "pair")), strict=True):
+    for plain, pair in zip(*(all_points(arms[name]) for name in ("plain", "pair")), strict=True):
         for a, b in zip(plain["requests"], pair["requests"], strict=True):
             if not (a["error"] or b["error"]):
                 compared += 1

@@ -49,7 +49,7 @@ def point(
         "request_rate": rate, "duration_s": 20.0, "completed": count, "failed": 0, "request_throughput": count / 20,
         "output_throughput": count * 11 / 20, "total_token_throughput": count * 511 / 20, "goodput": good / 20,
         "ttft_ms": shares(ttft, ttft * 1.05), "tpot_ms": shares(tpot, tpot * 1.05), "itl_ms": shares(tpot, tpot * 1.05),
-        "e2el_ms": shares(ttft + 10 * tpot, ttft + 11 * tpot), "requests": requests,
+        "e2el_ms": shares(ttft + 10 * tpot, ttft + 11 * tpot), "requests": requests, "serial": False,
     }  # fmt: skip
 
 
@@ -100,6 +100,8 @@ def test_the_sentence_takes_the_highest_rate_that_meets_the_targets() -> None:
     assert text.endswith("highest rate that met the targets: plain 2 requests/s, pair 4 requests/s")
     both["pair"]["points"][2]["goodput"] = 0.0
     assert sentence(both, TARGETS).startswith("at 2 requests/s: either")
+    both["plain"]["points"][0]["goodput"] = 0.0  # each rate is measured once: what came out so is told
+    assert "plain 2 requests/s (but not 1), pair 2 requests/s" in sentence(both, TARGETS)
 
 
 def test_without_targets_it_tells_differences_and_ties() -> None:
@@ -120,6 +122,18 @@ def test_all_at_once_is_no_rate() -> None:
     assert sentence(both, {}).startswith("at 1 requests/s")
     lines = table(both, 2).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["1", "1", "all", "all"]
+    assert where_ttft_goes(both["pair"]["points"]).startswith("at 1 requests/s goes to:")
+
+
+def test_one_request_at_a_time_is_shown_and_compared_too() -> None:
+    both = arms([point(1, ttft=100, tpot=20)], [point(1, ttft=200, tpot=20)])
+    for arm in both.values():
+        arm["serial"] = point(0, ttft=50, tpot=20) | {"serial": True}
+    lines = table(both, 2).splitlines()
+    assert [line.split("  ")[1] for line in lines[1:]] == ["one at a time", "one at a time", "1", "1"]
+    both["pair"]["serial"]["requests"][0]["text"] = "other"
+    assert answers(both)["equal"] == answers(both)["compared"] - 1 == 79
+    assert sentence(both, {}).startswith("at 1 requests/s")
 
 
 def test_answers_are_compared_request_by_request() -> None:
@@ -132,12 +146,12 @@ def test_answers_are_compared_request_by_request() -> None:
 
 def test_where_ttft_goes_names_the_largest_part_and_reuse() -> None:
     text = where_ttft_goes([point(1, ttft=100, tpot=1)])
-    assert text.startswith("prefill")
+    assert text.startswith("at 1 requests/s goes to: prefill")
     assert "reused 99.8% of the prompt tokens" in text
     nothing = point(1, ttft=100, tpot=1)
     for each in nothing["requests"]:
         each |= {"parts": None, "reused_tokens": None}
-    assert where_ttft_goes([nothing]) == "-"
+    assert where_ttft_goes([nothing]) == "at 1 requests/s goes to: -"
 
 
 # --- vLLM's benchmark

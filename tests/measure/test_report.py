@@ -43,15 +43,15 @@ def made_up_comparison() -> dict[str, Any]:
     rng, arms = random.Random(7), {}
     for arm in ("plain", "pair"):
         points = []
-        for rate in (1.0, 2.0, 4.0):
-            of = {"p50": 100 * rate, "p90": 150 * rate, "p99": 200 * rate, "mean": 110 * rate}
+        for rate in (1.0, 2.0, 4.0, 0.0, 0.0):  # a sweep's: the last are all at once and one at a time
+            of = {f"p{percent}": 100 + 50 * rate + percent for percent in (50, 90, 99)}
             points.append({
                 "request_rate": rate, "duration_s": 10.0, "completed": 20, "failed": 1, "request_throughput": rate,
                 "output_throughput": 40 * rate, "total_token_throughput": 900 * rate, "goodput": rate * 0.9,
                 "ttft_ms": of, "tpot_ms": {"p50": (12 if arm == "plain" else 7) + rate}, "itl_ms": of, "e2el_ms": of,
                 "requests": made_up_requests(rng, arm, 20),
             })  # fmt: skip
-        arms[arm] = {"points": points}
+        arms[arm] = {"points": points[:-1], "serial": points[-1] | {"serial": True}}
     return {
         "arms": arms, "cards": 2, "sentence": "at 4 requests/s: pair, if ITL p99 under 30 ms matters more. " + HOSTILE,
         "targets": {"ttft": 300, "itl": 30}, "versions": {"vllm": "0.0.mock"}, "workload": {"name": HOSTILE},
@@ -90,7 +90,7 @@ def test_a_comparison_in_a_browser(browser, scheme, tmp_path) -> None:
         assert page.locator(".js-plotly-plot:visible").count() == 7
         lines = {name: page.locator(f"#{name} .scatterlayer .trace").count() for name in ("ttft", "itl", "pareto")}
         assert lines == {"ttft": 2, "itl": 2, "pareto": 2}
-        assert page.locator("#pareto .textpoint").count() == 6
+        assert page.locator("#pareto .textpoint").count() == 10
         assert page.locator("#parts .yaxislayer-above .ytick, #parts .ytick").count() == 8
         assert page.locator("#timeline-pair .legendtext").all_text_contents() == [
             *PARTS[:-2],
@@ -99,7 +99,8 @@ def test_a_comparison_in_a_browser(browser, scheme, tmp_path) -> None:
             "decoding",
         ]
         assert page.locator("#reuse .barlayer .trace").count() == 2
-        assert page.locator("tbody tr").count() == 6
+        assert page.locator("tbody tr").count() == 10
+        assert page.locator("#rate option").all_text_contents() == ["4", "2", "1", "one at a time", "all at once"]
         for text in ("at 4 requests/s: pair", "0.0.mock", "--enforce-eager", "hostile"):
             assert page.get_by_text(text).first.is_visible()
         before = page.locator("#ttft .lines path").first.get_attribute("d")
