@@ -20,7 +20,7 @@ if not __package__:  # run as a script: make the package importable, and none of
 
 from disagg_prefill_lmcache_v1.proxy.members import read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.serve import check_tls, listen, raise_descriptor_limit, serve
+from disagg_prefill_lmcache_v1.proxy.serve import check_tls, check_tracing, listen, raise_descriptor_limit, serve
 from disagg_prefill_lmcache_v1.proxy.settings import SettingsError, load_settings
 from disagg_prefill_lmcache_v1.proxy.workers import WORKER_ENV, Supervisor, worker_parts
 from disagg_prefill_lmcache_v1.settings import is_loopback
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.upstreams_file:
             read_members(settings.upstreams_file)
         check_tls(settings)
+        check_tracing(settings)
     except SettingsError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

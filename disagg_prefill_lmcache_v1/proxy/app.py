@@ -21,12 +21,16 @@ from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
+from disagg_prefill_lmcache_v1.proxy.request import TraceMaker
 from disagg_prefill_lmcache_v1.proxy.route_chooser import make_chooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.upkeep import Upkeep
 
 
-def create_app(settings: Settings, metrics: Metrics | None = None, access_log: AccessLog | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, metrics: Metrics | None = None, access_log: AccessLog | None = None,
+    tracing: TraceMaker | None = None,
+) -> FastAPI:  # fmt: skip
     """The application; serve it with uvicorn and ``http=ClientConnection``.
 
     FastAPI answers the proxy's own routes. All others bypass it, which would cost more than the proxy itself: the
@@ -36,13 +40,17 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        handler, upkeep = _build(app, settings, metrics, access_log)
+        handler, upkeep = _build(app, settings, metrics, access_log, tracing)
         limits = ClientLimits(
             settings.max_head_bytes, settings.max_body_bytes, settings.client_timeout_s, settings.stream_idle_timeout_s
         )
         upkeep.start()
         yield {"handler": handler.handle, "limits": limits}
         await upkeep.stop()
+        # A signal ends the process right after this: nothing else would be run.
+        for writer in (access_log, tracing):
+            if writer is not None:
+                writer.close()
 
     # The schema and its pages are the decode server's: clients talk to its routes.
     app = FastAPI(title="Disaggregated prefill proxy", lifespan=lifespan, openapi_url=None, docs_url=None)
@@ -78,7 +86,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None, access_log: A
 
 
 def _build(
-    app: FastAPI, settings: Settings, metrics: Metrics, access_log: AccessLog | None
+    app: FastAPI, settings: Settings, metrics: Metrics, access_log: AccessLog | None, tracing: TraceMaker | None
 ) -> tuple[RequestHandler, Upkeep]:
     """Make the parts that serve requests in the running event loop, and the work in the background."""
     prefillers, decoders = settings.prefiller_urls, settings.decoder_urls
@@ -92,7 +100,7 @@ def _build(
     decode = DecodeStage(settings, pools[1], metrics, chooser)
     adapters = AdapterStage(pools, settings.prefill_timeout_s)
     own_route = functools.partial(_call, app)
-    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, own_route, chooser)
+    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, own_route, chooser, tracing)
     values = metrics.values
     upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,

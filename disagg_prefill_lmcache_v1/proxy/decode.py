@@ -92,9 +92,11 @@ class DecodeStage:
 
     async def _ask(self, upstream: Upstream, request: RequestContext, body: bytes) -> Response:
         method = request.method
+        trace = request.trace
+        headers = request.headers if trace is None else trace.asked(request, "decode", upstream.authority)
         length = b"content-length: %d\r\n" % len(body) if body or method not in ("GET", "HEAD") else b""
         head = b"%b %b HTTP/1.1\r\n%b%b%b\r\n" % (
-            method.encode(), request.target, upstream.host_line, request.headers, length,
+            method.encode(), request.target, upstream.host_line, headers, length,
         )  # fmt: skip
         request.decode_sent = time.perf_counter()
         return await upstream.client.request(

@@ -23,7 +23,7 @@ from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHead
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import PREFILL
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
-from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.request import RequestContext, TraceMaker
 from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
@@ -49,6 +49,7 @@ class RequestHandler:
     def __init__(
         self, settings: Settings, metrics: Metrics, access_log: AccessLog | None, prefill: PrefillStage,
         decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute, chooser: RouteChooser | None = None,
+        tracing: TraceMaker | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._metrics = metrics
@@ -58,6 +59,7 @@ class RequestHandler:
         self._adapters = adapters
         self._own_route = own_route
         self._chooser = chooser
+        self._tracing = tracing
         self._own_paths = OWN_PATHS | {status.PAGE, status.DATA} if settings.status_page else OWN_PATHS
         self._key = b"Bearer " + settings.api_key.encode() if settings.api_key else b""
         self._cors = frozenset(origin.encode() for origin in settings.cors_origin)
@@ -133,6 +135,8 @@ class RequestHandler:
         limit = self._settings.max_body_bytes
         if given.content_length and int(given.content_length) > limit:
             raise too_long(limit)
+        if self._tracing is not None:
+            request.trace = self._tracing.begin(request, client.headers)
         admission = self._admission
         if admission is not None:
             await admission.enter()
@@ -171,6 +175,8 @@ class RequestHandler:
             raise ProxyError(400, f"the request body is not valid JSON: {error}", "proxy", "bad_request") from None
         if fields is not None and not self._settings.trusted_kv_transfer_params:
             _refuse_steering(steering_field(fields))
+        if request.trace is not None and fields is not None and "model" in fields:
+            request.trace.model(fields["model"])
         ended = self._suspects.roles(request.path, body)
         whole = False
         try:
@@ -211,6 +217,8 @@ class RequestHandler:
         if request.prefill_outcome:
             self._count((request.route, "prefill", request.prefill_outcome))
         self._count((request.route, request.stage, request.outcome))
+        if request.trace is not None:
+            request.trace.end(request)
         if self._access_log is not None:
             self._access_log.write(request, total)
 

@@ -91,9 +91,11 @@ class PrefillStage:
 
     async def _ask(self, upstream: Upstream, request: RequestContext, body: list[Any]) -> Response:
         request.prefiller = upstream.authority
+        trace = request.trace
+        headers = request.headers if trace is None else trace.asked(request, "prefill", upstream.authority)
         size = len(body[0]) if len(body) == 1 else sum(map(len, body))
         head = b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
-            request.target, upstream.host_line, request.headers, size,
+            request.target, upstream.host_line, headers, size,
         )  # fmt: skip
         values = self._metrics.values
         begin = time.perf_counter()

@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
+from disagg_prefill_lmcache_v1.proxy.headers import Header
 from disagg_prefill_lmcache_v1.proxy.health import Death
+
+
+class Trace(Protocol):
+    """Spans of a request (tracing.py)."""
+
+    def model(self, field: Any) -> None:
+        """The request's ``model``, as JSON."""
+
+    def asked(self, request: RequestContext, role: str, authority: str) -> bytes:
+        """A server is asked from now on; header lines for it."""
+
+    def end(self, request: RequestContext) -> None:
+        """The request has ended."""
+
+
+class TraceMaker(Protocol):
+    """Makes the traces of a process."""
+
+    def begin(self, request: RequestContext, headers: list[Header]) -> Trace:
+        """The trace of a request that came with these header fields; their context leaves ``request.headers``."""
+
+    def close(self) -> None:
+        """Send what is left."""
 
 
 class RequestContext:
@@ -48,6 +73,7 @@ class RequestContext:
         "start",
         "status",
         "target",
+        "trace",
         "ttft_s",
         "want_usage",
         "way",
@@ -65,6 +91,7 @@ class RequestContext:
         self.headers = headers  # header lines that are sent on to the servers
         self.cors = cors  # header lines that are added to the answer
         self.start = time.perf_counter()
+        self.trace: Trace | None = None  # where traces are asked for
         self.stage = "proxy"
         self.status = 0
         self.outcome = "ok"

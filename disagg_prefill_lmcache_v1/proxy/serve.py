@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import logging
 import resource
 import socket
@@ -25,6 +26,7 @@ log = logging.getLogger("disagg_proxy")
 START_FAILED = 3
 """Exit status of a process that could not begin to serve."""
 
+_TRACING = "disagg_prefill_lmcache_v1.proxy.tracing"
 _BACKLOG = 2048
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _UNSENT_BYTES = 128 * 1024
@@ -63,6 +65,18 @@ def check_tls(settings: Settings) -> None:
         ) from None
 
 
+def check_tracing(settings: Settings) -> None:
+    """Raises SettingsError where traces are asked for and the library is not there."""
+    if settings.otlp_traces_endpoint:
+        try:
+            importlib.import_module(_TRACING)
+        except ImportError as error:
+            raise SettingsError(
+                f"--otlp-traces-endpoint: {error.name} is not installed; allowed with opentelemetry-sdk and "
+                "opentelemetry-exporter-otlp-proto-http"
+            ) from None
+
+
 def raise_descriptor_limit() -> None:
     """Take as many file descriptors as the system allows: each request needs two connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -93,8 +107,11 @@ def listen(settings: Settings) -> socket.socket:
 def serve(settings: Settings, sock: socket.socket, metrics: Metrics) -> int:
     """Serve in this process until a signal ends it; the exit status."""
     access_log = AccessLog(sys.stdout.fileno(), metrics) if settings.access_log else None
+    tracing = None
+    if settings.otlp_traces_endpoint:
+        tracing = importlib.import_module(_TRACING).Tracing(settings.otlp_traces_endpoint)
     config = uvicorn.Config(
-        create_app(settings, metrics, access_log),
+        create_app(settings, metrics, access_log, tracing),
         http=ClientConnection,
         ws="none",
         lifespan="on",
@@ -117,7 +134,7 @@ def serve(settings: Settings, sock: socket.socket, metrics: Metrics) -> int:
         log.error("the proxy cannot start: %s", error)
     finally:
         if access_log is not None:
-            access_log.close()
+            access_log.close()  # what was cut short at the end is told too
     return 0 if server.started else START_FAILED
 
 

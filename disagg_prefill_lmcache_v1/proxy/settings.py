@@ -87,6 +87,10 @@ class Settings:
     drain_timeout_s: float = setting(30.0, "time that running requests get after the first stop signal", low=0)
     access_log: bool = setting(True, "write one line per request to standard output")
     status_page: bool = setting(False, "show a live status page at /; what it shows needs the API key, if there is one")
+    otlp_traces_endpoint: str = setting(
+        "", "URL of an OpenTelemetry collector (OTLP/HTTP), like http://127.0.0.1:4318/v1/traces, which gets a trace "
+        "of each request (empty: none)", pattern=r"https?://[^\s/]+\S*", allowed="a URL like http://HOST:4318/v1/traces",
+    )  # fmt: skip
     log_level: str = setting("info", "least severe message logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

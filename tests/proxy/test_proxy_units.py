@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import types
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
+from disagg_prefill_lmcache_v1.proxy import access_log as access_log_module
 from disagg_prefill_lmcache_v1.proxy.admission import Admission
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on, send_error
+from disagg_prefill_lmcache_v1.proxy.app import create_app
 from disagg_prefill_lmcache_v1.proxy.client_parser import ClientLimits, RequestParser, split_target
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError, error_body
@@ -19,6 +22,7 @@ from disagg_prefill_lmcache_v1.proxy.header_fields import RequestHeaders, answer
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.relay import StreamRelay
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
+from disagg_prefill_lmcache_v1.proxy.settings import Settings
 from disagg_prefill_lmcache_v1.proxy.steering import steering_field, steering_field_of
 from disagg_prefill_lmcache_v1.proxy.usage import UsageMeter
 
@@ -516,3 +520,20 @@ def test_a_place_that_does_not_come() -> None:
 
 def within(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 10))
+
+
+def test_the_last_lines_of_the_access_log_are_written_when_the_proxy_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the lifespan: a signal ends the process right after it."""
+    monkeypatch.setattr(access_log_module, "_FLUSH_S", 600.0)
+    reader, writer = os.pipe()
+    access_log = access_log_module.AccessLog(writer, Metrics())
+    app = create_app(Settings(), Metrics(), access_log)
+
+    async def live() -> None:
+        async with app.router.lifespan_context(app):
+            access_log.write(RequestContext("GET", "/v1/models", b"/v1/models", "other", "last", b""), 0.1)
+
+    asyncio.run(live())
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        assert json.loads(lines.read())["request_id"] == "last"

@@ -156,7 +156,7 @@ def make(command: str, folder: Path) -> None:
 
 # How a command is tried, or None and why it is not.
 WAYS = [
-    (r"(\w+=\S+ )*bash disagg_prefill_lmcache_v1/disagg_example_gaudi_lm(_tp2)?\.sh\b.*", dry_run),
+    (r"(\w+=\S+ +)*bash disagg_prefill_lmcache_v1/disagg_example_gaudi_lm(_tp2)?\.sh\b.*", dry_run),
     (r"(\w+=\S+ )*bash disagg_prefill_lmcache_v1/disagg_vllm_launcher_gaudi_lm(_tp2)?\.sh \S+.*", dry_run),
     (r"python (\S+\.py|-m disagg_prefill_lmcache_v1\.\S+)( .*)?", known_flags),
     (r"make (check|fix|test)", make),
