@@ -91,7 +91,7 @@ class Collector:
 
 
 def client_of(port: int = 1, **options: Any) -> Client:
-    values = {"connect_timeout_s": 1.0, "idle_connection_s": 60.0, "max_head_bytes": 4096, **options}
+    values = {"connect_timeout_s": 30.0, "idle_connection_s": 60.0, "max_head_bytes": 4096, **options}
     return Client(parse_url(f"http://127.0.0.1:{port}", "test"), **values)
 
 
@@ -371,7 +371,7 @@ def with_server(handler: Callable[..., Any], use: Callable[[Client], Any], **opt
         port = server.sockets[0].getsockname()[1]
         client = client_of(port, **options)
         try:
-            return await asyncio.wait_for(use(client), 20)
+            return await asyncio.wait_for(use(client), 60)
         finally:
             client.close()
             server.close()
@@ -413,7 +413,7 @@ def test_a_request_on_a_reused_connection_that_ends_tells_whether_it_was_taken(
         await client.request(REQUEST)
         closed_first.set()
         if not server_does.startswith("read"):
-            thread.join(10)  # on purpose without giving the event loop a chance to see the end
+            thread.join(60)  # on purpose without giving the event loop a chance to see the end
         with pytest.raises(UpstreamError) as caught:
             await client.request((REQUEST, b"x" * size))
         assert (caught.value.kind, caught.value.taken) == ("lost", taken)
@@ -422,9 +422,9 @@ def test_a_request_on_a_reused_connection_that_ends_tells_whether_it_was_taken(
     thread = threading.Thread(target=serve)
     thread.start()
     loop = new_loop()
-    loop.run_until_complete(asyncio.wait_for(use(), 20))
+    loop.run_until_complete(asyncio.wait_for(use(), 60))
     loop.close()
-    thread.join(10)
+    thread.join(60)
     listener.setblocking(False)
     with pytest.raises(BlockingIOError):  # no second connection was made
         listener.accept()
@@ -489,7 +489,7 @@ def test_a_connection_that_ends_before_it_is_used_is_an_error(monkeypatch: pytes
 
         monkeypatch.setattr(client, "_connect", connect_and_lose)
         with pytest.raises(UpstreamError) as caught:
-            await asyncio.wait_for(client.request(REQUEST), 1)
+            await asyncio.wait_for(client.request(REQUEST), 30)
         assert (caught.value.kind, caught.value.taken) == ("lost", False)
         assert not client.active
 
@@ -517,7 +517,7 @@ def test_cancelled_after_its_answer_a_request_leaves_the_connection_to_the_next_
         first = asyncio.create_task(client.request(REQUEST))
         with pytest.raises(asyncio.CancelledError):
             await first
-        assert (await asyncio.wait_for(following[0], 1)).body == b"2"
+        assert (await asyncio.wait_for(following[0], 30)).body == b"2"
 
     with_server(handler, use)
 
@@ -556,7 +556,7 @@ def test_a_server_that_takes_no_connection_is_given_up_soon() -> None:
         tasks = asyncio.all_tasks()
         client.loop.create_connection = lambda *args, **kwargs: asyncio.sleep(60)  # type: ignore[method-assign]
         with pytest.raises(UpstreamError, match=r"no connection within 0\.05 s") as caught:
-            await asyncio.wait_for(client.request(REQUEST), 1)
+            await asyncio.wait_for(client.request(REQUEST), 30)
         assert (caught.value.kind, caught.value.taken) == ("unreachable", False)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == tasks
@@ -581,7 +581,7 @@ def test_cancelling_closes_the_connection_at_once() -> None:
         while not client.active:
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.wait_for(closed.wait(), 1)
+        await asyncio.wait_for(closed.wait(), 30)
         assert not client.active
 
     with_server(handler, use)
