@@ -22,9 +22,9 @@ COMPARE_STEPS = ("check", "plain", "pair", "result")
 STATUS_PAGE = "DISAGG_PROXY_STATUS_PAGE"  # of the proxy's settings: whoever sets it decides
 # What makes the two roles differ, besides their ports and cards.
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer"}
-SERVER_ARGUMENTS = {
-    "prefiller": ("--middleware", "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible"),
-    "decoder": ("--middleware", "disagg_prefill_lmcache_v1.kv.reuse.TellReuse"),
+MIDDLEWARE = {
+    "prefiller": ("kv.visibility.HoldUntilVisible", "kv.tell_layout.TellLayout"),
+    "decoder": ("kv.reuse.TellReuse", "kv.tell_layout.TellLayout"),
 }
 
 
@@ -94,7 +94,9 @@ def vllm_server(plan: Plan[Settings], name: str) -> Command:
     words = fill(VLLM_PROGRAMS.get(text, text).split(), plan.interpreter.path)
     words += [plan.model.name, "--host", plan.host, "--port", str(port), "--served-model-name", plan.model.served_name]
     words += ["--enable-prompt-tokens-details", *engine_arguments(plan, role, "" if plain else f"{role}-{port}")]
-    words += [*(() if plain else SERVER_ARGUMENTS[role]), *plan.configuration.vllm_arguments]
+    for each in () if plain else MIDDLEWARE[role]:
+        words += ["--middleware", f"disagg_prefill_lmcache_v1.{each}"]
+    words += plan.configuration.vllm_arguments
     environment = engine_environment(plan, name)
     if plain:
         of_backend = plan.backend.environment(name, plan.environ)

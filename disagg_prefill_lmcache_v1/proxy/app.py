@@ -17,6 +17,7 @@ from disagg_prefill_lmcache_v1.proxy.adapters import AdapterStage
 from disagg_prefill_lmcache_v1.proxy.client_parser import ClientLimits
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
+from disagg_prefill_lmcache_v1.proxy.kv_layouts import LayoutWatch
 from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
@@ -65,7 +66,8 @@ def create_app(
         if settings.decode_only:
             del found[PREFILL]
         good = all(any(servers.values()) for servers in found.values())
-        return JSONResponse({"ready": good, "servers": found}, 200 if good else 503)
+        problems = app.state.layouts.told(*(pool.upstreams for pool in app.state.pools))
+        return JSONResponse({"ready": good, "servers": found, **problems}, 200 if good else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> FastAPIResponse:
@@ -80,7 +82,9 @@ def create_app(
 
         @app.get(status.DATA)
         async def show_status() -> JSONResponse:
-            return JSONResponse(status.snapshot(metrics), headers={"cache-control": "no-store"})
+            return JSONResponse(
+                status.snapshot(metrics, app.state.layouts.problems), headers={"cache-control": "no-store"}
+            )
 
     return app
 
@@ -95,6 +99,7 @@ def _build(
         stamp = file_stamp(settings.upstreams_file)
         prefillers, decoders = read_members(settings.upstreams_file)
     pools = app.state.pools = (Pool(PREFILL, prefillers, settings, metrics), Pool(DECODE, decoders, settings, metrics))
+    app.state.layouts = LayoutWatch()
     prefill = PrefillStage(settings, pools[0], metrics)
     chooser = make_chooser(settings, *pools, metrics)
     decode = DecodeStage(settings, pools[1], metrics, chooser)
@@ -105,6 +110,7 @@ def _build(
     upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,
         in_flight=lambda: values[prefill.in_flight] + values[decode.in_flight], stamp=stamp,
+        layouts=app.state.layouts,
     )  # fmt: skip
     return handler, upkeep
 

@@ -28,6 +28,7 @@ _NOT_SENT_BACK = _HOP_BY_HOP | {
     b"x-kv-transfer-ms",
     b"x-kv-reason",
     b"x-kv-timing",
+    b"x-kv-layout",
 }
 _request_id_ok = re.compile(rb"[A-Za-z0-9_.:/@+=,~#|-]{1,256}").fullmatch
 

@@ -15,6 +15,7 @@ from disagg_prefill_lmcache_v1.proxy.upstream import Client, UpstreamError
 
 log = logging.getLogger("disagg_proxy")
 
+_LAYOUT = b"x-kv-layout"
 _DYING_S = 30.0  # how long a server may take from the answer 500 to its end
 
 CIRCUIT_FAILURES = 3  # failed checks in a row that close a server to new requests
@@ -48,6 +49,8 @@ class Upstream:
         "host_line",
         "in_flight",
         "kv_degraded",
+        "kv_layout",
+        "kv_mismatch",
         "load",
         "name",
         "open_until",
@@ -69,6 +72,8 @@ class Upstream:
         self.in_flight = 0
         self.load = Load()  # its prompts, as the choice of a route sees them
         self.kv_degraded = False  # its KV caches do not reach the store
+        self.kv_layout = ""  # how its KV is stored, as it tells with its health
+        self.kv_mismatch = ""  # why no decode server can load its KV
         self.up = True  # gets requests: nothing speaks against it
         self.healthy = False  # has passed a check or answered, and nothing has spoken against it since
         self.checked = False  # at least once
@@ -90,6 +95,11 @@ class Upstream:
             self._failed(str(error), refused=error.kind == "refused", sick=self.sick)
         elif error.kind not in ("exhausted", "client_stalled"):
             self.suspect = True
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether nothing speaks against its KV caches getting to decode servers."""
+        return not (self.kv_degraded or self.kv_mismatch)
 
     def death(self, sure: bool) -> Death:
         """A request seems to have ended the server; not ``sure``: it has if connections are refused soon."""
@@ -117,6 +127,7 @@ class Upstream:
         if reason:
             self._failed(reason, refused, sick)
         else:
+            self.kv_layout = (response.header(_LAYOUT) or b"").decode("latin-1")
             self._passed("it is healthy")
 
     def back_off_s(self) -> float:

@@ -47,7 +47,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "disagg_itl_seconds": ("histogram", "Time between two parts of a streamed answer", ()),
     "disagg_e2e_seconds": ("histogram", "Whole request", ()),
     "disagg_in_flight": ("gauge", "Requests in progress by stage", ("stage",)),
-    "disagg_kv_degraded": ("max", "1 while KV caches do not reach the store", ()),
+    "disagg_kv_degraded": ("max", "1 while KV caches do not reach the store or the decode servers", ()),
     "disagg_upstream_up": ("max", "1 if the server answers", ("role", "upstream")),
     "disagg_upstream_in_flight": ("gauge", "Requests in progress by server", ("role", "upstream")),
     "disagg_upstream_idle_connections": ("gauge", "Connections kept for reuse", ("role", "upstream")),

@@ -157,7 +157,7 @@ class Pool:
             for gauge, value in zip(_GAUGES, now, strict=True):
                 self._metrics.set(gauge, self.role, upstream.name, to=float(value))
         if self.role == PREFILL:
-            self._metrics.set("disagg_kv_degraded", to=float(any(u.kv_degraded for u in self.upstreams)))
+            self._metrics.set("disagg_kv_degraded", to=float(not all(u.shares_kv for u in self.upstreams)))
 
     def sweep(self, seconds: float) -> None:
         """Enforce the timeouts of all connections; called every ``seconds``."""

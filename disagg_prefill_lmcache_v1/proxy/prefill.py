@@ -49,8 +49,8 @@ class PrefillStage:
         request.stage = "prefill"
         pool = self._pool
         prefix = _prefix_of(fields) if len(pool.upstreams) > 1 else None
-        tried: list[Upstream] = []
-        reason = "no prefill server"
+        tried = [upstream for upstream in pool.upstreams if upstream.kv_mismatch]  # of no use to any decode server
+        reason = tried[0].kv_mismatch if tried else "no prefill server"
         attempts = 2
         while attempts:
             upstream = pool.choose(prefix, tried)
@@ -174,7 +174,7 @@ class PrefillStage:
             log.warning("KV caches of %s do not reach the store, decoders compute again: %s", upstream.name, reason)
         else:
             log.info("KV caches of %s reach the store again", upstream.name)
-        self._metrics.set("disagg_kv_degraded", to=float(any(u.kv_degraded for u in self._pool.upstreams)))
+        self._metrics.set("disagg_kv_degraded", to=float(not all(u.shares_kv for u in self._pool.upstreams)))
 
 
 def _prefix_of(fields: dict[str, Any]) -> bytes | None:

@@ -11,6 +11,7 @@ import hashlib
 import re
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def read_page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def snapshot(metrics: Metrics) -> dict[str, Any]:
-    """What the page shows, as totals: it takes the difference of two."""
+def snapshot(metrics: Metrics, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """What the page shows, as totals: it takes the difference of two. ``problems``: sentences for whoever runs it."""
     found: dict[str, Any] = {
         "time": time.monotonic(),
         "bounds": SECONDS,
@@ -58,6 +59,7 @@ def snapshot(metrics: Metrics) -> dict[str, Any]:
         "tokens": dict.fromkeys(_TOKENS.values(), 0.0),
         "in_flight": {},
         "kv_degraded": False,
+        "problems": list(problems),
         **{name: {"counts": [0.0] * (len(SECONDS) + 1), "sum": 0.0} for name in _HISTOGRAMS.values()},
         **{name: defaultdict(float) for name in _COUNTERS.values()},
     }

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from disagg_prefill_lmcache_v1.proxy.kv_layouts import LayoutWatch
 from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.settings import Settings, SettingsError
@@ -25,7 +26,7 @@ class Upkeep:
 
     def __init__(
         self, settings: Settings, prefill: Pool, decode: Pool, finished: Callable[[], int],
-        in_flight: Callable[[], float], stamp: tuple[int, int],
+        in_flight: Callable[[], float], stamp: tuple[int, int], layouts: LayoutWatch,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._prefill = prefill
@@ -33,6 +34,7 @@ class Upkeep:
         self._finished = finished
         self._in_flight = in_flight
         self._stamp = stamp
+        self._layouts = layouts
         self._last_finished = self._freed_at = 0
         self._tasks: list[asyncio.Task[Any]] = []
         self._malloc_trim = None
@@ -68,6 +70,7 @@ class Upkeep:
                 lambda: self._prefill.sweep(passed),  # noqa: B023 (it is called at once)
                 lambda: self._decode.sweep(passed),  # noqa: B023
                 self._read_upstreams_again,
+                lambda: self._layouts.look(self._prefill.upstreams, self._decode.upstreams),
                 self._free_memory_at_rest,
             ):
                 try:

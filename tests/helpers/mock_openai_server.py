@@ -12,6 +12,7 @@ server by ``--behave`` in the same form:
   hang=N         stop sending after N parts, keep the connection
   kv=STATE       x-kv-state header of the answer    kv_wait=MS
   told=TEXT      x-kv-reused-tokens header of the answer    timing=TEXT   its x-kv-timing header
+  layout=TEXT    x-kv-layout header of /health (only of the whole server)
   split=N        write the stream in pieces of N bytes
   close=1        answer, then close the connection
 A key that begins with ``prefill.`` or ``decode.`` applies only to a server with that ``--role``.
@@ -143,7 +144,8 @@ class MockProtocol(asyncio.Protocol):
         try:
             path = url.partition("?")[0]
             if path == "/health":
-                self.write(200, b"", b"")
+                layout = state.behaviour.get("layout", "")
+                self.write(200, f"x-kv-layout: {layout}\r\n".encode() if layout else b"", b"")
             elif path == "/mock/requests":
                 self.write(200, _JSON, json.dumps(state.requests).encode())
             elif path == "/mock/reset":

@@ -97,6 +97,14 @@ def test_what_was_sent_can_be_read_back(sender):
         assert [torch.equal(tensor, sent) for _, tensor in chunks] == [True]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_prefill_server_of_another_size_is_refused(receiver, port, module_loop, rank):
+    staging = Staging()
+    staging.metadata.world_size, staging.metadata.worker_id = 2, rank
+    with pytest.raises(base.StoreUnavailable, match="has tensor parallel size 1, this prefill server 2: start both"):
+        NixlSender("127.0.0.1", port, module_loop, staging)
+
+
 def test_a_full_decoder_drops_the_oldest_and_tells_where_it_cannot(sender, receiver):
     names = [key(uuid.uuid4()) for _ in range(2 * MIB // (24 << 10))]
     for name in names:

@@ -100,8 +100,10 @@ def test_roles_differ_in_what_they_must(launch: Launch) -> None:
         }
         differences[role] = ({k for k in environment if k != "LMCACHE_REMOTE_URL"}, words)
     assert differences["prefiller"][0] == differences["decoder"][0]
-    assert "disagg_prefill_lmcache_v1.kv.visibility.HoldUntilVisible" in commands["prefiller"][1]
-    assert option(commands["decoder"][1], "--middleware") == "disagg_prefill_lmcache_v1.kv.reuse.TellReuse"
+    for role, first in (("prefiller", "kv.visibility.HoldUntilVisible"), ("decoder", "kv.reuse.TellReuse")):
+        words = commands[role][1]
+        given = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
+        assert given == [f"disagg_prefill_lmcache_v1.{name}" for name in (first, "kv.tell_layout.TellLayout")]
     assert commands["prefiller"][0]["DISAGG_KV_VISIBILITY"].startswith("@disagg-kv-8100-")
     assert commands["decoder"][0]["DISAGG_KV_VISIBILITY"].startswith("@disagg-kv-8200-")
 

@@ -9,6 +9,7 @@ from typing import Any
 import proxy_harness  # noqa: F401 (makes the package importable)
 import pytest
 
+from disagg_prefill_lmcache_v1.proxy.kv_layouts import LayoutWatch
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
@@ -42,7 +43,7 @@ def test_timeouts_and_checks_go_on_after_a_failure(
         monkeypatch.setattr(pools[0], "sweep", fail)
         monkeypatch.setattr(pools[1], "sweep", lambda seconds: done.append("swept"))
         monkeypatch.setattr(pools[1], "_publish", fail)
-        upkeep = Upkeep(settings, *pools, finished=fail, in_flight=lambda: 0.0, stamp=(0, 0))
+        upkeep = Upkeep(settings, *pools, finished=fail, in_flight=lambda: 0.0, stamp=(0, 0), layouts=LayoutWatch())
         monkeypatch.setattr(upkeep, "_read_upstreams_again", lambda: done.append("read"))
         upkeep.start()
         await until(lambda: done.count("swept") > 5 and done.count("read") > 5)

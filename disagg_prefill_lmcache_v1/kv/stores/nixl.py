@@ -169,7 +169,8 @@ class NixlReceiver(ShmStoreConnector):
         self._memory = torch.frombuffer(mapping, dtype=torch.uint8)
         address = self._memory.data_ptr()
         self._agent.register([(address, size)])
-        for_senders = {"agent": self._agent.metadata(), "address": address}
+        ranks = local_cpu_backend.metadata.world_size
+        for_senders = {"agent": self._agent.metadata(), "address": address, "ranks": ranks}
         self._server = _ReceivingServer(self._own_segment, secret, for_senders)
         self._server_loop = asyncio.new_event_loop()
         self._ended = threading.Event()
@@ -265,6 +266,7 @@ class NixlSender(StoreClient):
     ) -> None:
         self._address = (host, port)
         self._secret = run_secret()
+        self._ranks = local_cpu_backend.metadata.world_size
         self._agent = Agent()
         self._await_receiver(start_s)
         super().__init__(f"{SCHEME}{host}:{port}", loop, local_cpu_backend)
@@ -297,6 +299,11 @@ class NixlSender(StoreClient):
             hello = link.ask("prove", challenges[1], proof(self._secret, "sender", *challenges))
             if not is_proof(hello["proof"], self._secret, "receiver", *challenges):
                 raise ConnectionError(f"it does not prove to know the secret of this run: {SECRET_VARIABLE}")
+            if hello["ranks"] != self._ranks:
+                raise ConnectionError(
+                    f"the decode server has tensor parallel size {hello['ranks']}, this prefill server {self._ranks}: "
+                    "start both with the same --tensor-parallel-size"
+                )
             link.agent, link.address = self._agent.meet(hello["agent"]), hello["address"]
         except BaseException as error:
             link.close()
