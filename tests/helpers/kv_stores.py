@@ -119,7 +119,7 @@ class Client:
         self.connector = registry.connect(server.url, loop, self.staging)
 
     def __call__(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
     def put(self, keys, objs):
         self(self.connector.batched_put(keys, objs))

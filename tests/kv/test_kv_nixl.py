@@ -51,14 +51,14 @@ def module_loop():
 def receiver(port, module_loop):
     receiver = NixlReceiver("127.0.0.1", port, module_loop, Staging(), MIB)
     yield receiver
-    asyncio.run_coroutine_threadsafe(receiver.close(), module_loop).result(10)
+    asyncio.run_coroutine_threadsafe(receiver.close(), module_loop).result(60)
 
 
 @pytest.fixture
 def sender(receiver, port, module_loop):
     sender = NixlSender("127.0.0.1", port, module_loop, Staging())
     yield sender
-    asyncio.run_coroutine_threadsafe(sender.close(), module_loop).result(10)
+    asyncio.run_coroutine_threadsafe(sender.close(), module_loop).result(60)
 
 
 def send(sender, name):
@@ -171,12 +171,12 @@ def test_a_sender_waits_for_its_receiver(module_loop):
     thread = threading.Thread(target=lambda: made.append(NixlSender("127.0.0.1", port, module_loop, Staging())))
     thread.start()
     receiver = NixlReceiver("127.0.0.1", port, module_loop, Staging(), MIB)
-    thread.join(20)
+    thread.join(60)
     name = key(uuid.uuid4())
     send(made[0], name)
     assert receiver.count_present([name]) == 1
     for side in (*made, receiver):
-        asyncio.run_coroutine_threadsafe(side.close(), module_loop).result(10)
+        asyncio.run_coroutine_threadsafe(side.close(), module_loop).result(60)
         if side is not receiver:
             wait_until(lambda: not receiver._server._senders, "the receiver has noticed that the sender is gone")
 

@@ -82,7 +82,7 @@ def test_lmcaches_lm_client_still_does_not_reconnect(loop):
     try:
         stock = LMCServerConnector("127.0.0.1", server.port, loop, Staging())
         name = key("lost")
-        run = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result(10)  # noqa: E731
+        run = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result(60)  # noqa: E731
         run(stock.put(name, chunk(stock.local_cpu_backend)))
         assert run(stock.exists(name))
         server.stop()

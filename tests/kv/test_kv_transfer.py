@@ -130,12 +130,12 @@ class Side:
     def kept(self, now=False):
         """Chunks of staging memory that were not given back."""
         if not now:
-            self.transfer._releaser.submit(lambda: None).result(10)  # what was on its way back is back
+            self.transfer._releaser.submit(lambda: None).result(60)  # what was on its way back is back
         return sum(obj.get_ref_count() > 0 for obj in self.staging.taken)
 
     def close(self):
         self.transfer.close()
-        asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result(60)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_several_at_once_do_not_mix(sides):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     for (tokens, _), kv in zip(requests, wanted, strict=True):
         there = some_slots(other.mover)
         assert bool(other.load(tokens, there).all())

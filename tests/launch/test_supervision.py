@@ -335,8 +335,13 @@ def test_a_process_without_the_mark_is_found_by_its_group() -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}], env={{}})"
     with Supervisor(grace_s=5) as supervisor:
         child = supervisor.start("parent", python(code), os.environ, None)
-        wait_until(lambda: len(supervisor.machine.members({child.pid})) == 2, "both are up")
-        unmarked = {row.pid for row in supervisor.machine.members({child.pid})} - set(marked(supervisor))
+
+        def grandchild() -> set[int]:
+            """Until it has its own program, it has the child's environment, with the mark."""
+            return {row.pid for row in supervisor.machine.members({child.pid})} - {child.pid, *marked(supervisor)}
+
+        wait_until(grandchild, "one without the mark is found")
+        unmarked = grandchild()
         assert len(unmarked) == 1
     assert not unmarked & {row.pid for row in living()}
 

@@ -19,7 +19,7 @@ def mocks() -> Iterator[tuple[MockVllm, MockVllm]]:
     proxy, prefiller = MockVllm(), MockVllm()
     proxy.cached = lambda prompt_tokens: prompt_tokens - 1
     for mock in (proxy, prefiller):
-        asyncio.run_coroutine_threadsafe(mock.serve(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(mock.serve(), loop).result(60)
     yield proxy, prefiller
 
     async def end() -> None:
@@ -30,7 +30,7 @@ def mocks() -> Iterator[tuple[MockVllm, MockVllm]]:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    asyncio.run_coroutine_threadsafe(end(), loop).result(10)
+    asyncio.run_coroutine_threadsafe(end(), loop).result(60)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(60)
     loop.close()
