@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from disagg_prefill_lmcache_v1.measure.compare_settings import CompareSettings
+from disagg_prefill_lmcache_v1.measure.priority import go_first
 from disagg_prefill_lmcache_v1.measure.progress import say, with_progress
 from disagg_prefill_lmcache_v1.measure.types import LoadError
 from disagg_prefill_lmcache_v1.measure.workloads import Workload, warm_up_like, write_trace
@@ -56,6 +57,7 @@ class Benchmark:
                 sys.executable, "-m", PROGRAM, env=environment, stderr=log,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
+        go_first(self._process.pid)
         try:
             yield
         finally:

@@ -88,7 +88,8 @@ def _take_choice(answer: Answer, choice: dict[str, Any]) -> bool:
     text = choice.get("text") or message.get("content") or message.get("reasoning_content") or ""
     answer.text += text
     answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-    return _take_logprobs(answer, choice.get("logprobs")) > 0 or bool(text)
+    # A completion's choice always has a token; its text may be empty, as where a letter's bytes are not complete.
+    return _take_logprobs(answer, choice.get("logprobs")) > 0 or bool(text) or "text" in choice
 
 
 def _events(buffer: bytearray) -> Iterator[bytes]:

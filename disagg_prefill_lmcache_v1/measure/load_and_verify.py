@@ -25,6 +25,7 @@ from typing import Any
 
 from disagg_prefill_lmcache_v1.measure.completion_client import new_session, one_line
 from disagg_prefill_lmcache_v1.measure.load import load
+from disagg_prefill_lmcache_v1.measure.priority import go_first
 from disagg_prefill_lmcache_v1.measure.probe import probe
 from disagg_prefill_lmcache_v1.measure.progress import say, with_progress
 from disagg_prefill_lmcache_v1.measure.report import ReportError, write_report
@@ -130,4 +131,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    go_first()
     raise SystemExit(main(sys.argv[1:]))

@@ -36,6 +36,11 @@ def rate_name(point: Mapping[str, Any]) -> str:
     return "one at a time" if point.get("serial") else "all at once"
 
 
+def short(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "0"
+
+
 def read_parts(header: str) -> dict[str, float]:
     """Milliseconds of each part, from a ``server-timing`` header."""
     return {name: float(ms) for name, ms in _part(header)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_prefill_lmcache_v1.measure import report_charts
-from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name
+from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name, short
 
 NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -186,7 +186,7 @@ def _table(arms: dict[str, list[dict[str, Any]]]) -> str:
             cells = [arm, rate_name(point), f"{point['completed']}", f"{point['failed']}"]
             for key, _ in _LATENCIES:
                 of = point.get(key) or {}
-                cells.append(" / ".join(f"{of[p]:,.4g}" if p in of else "-" for p in ("p50", "p90", "p99")))
+                cells.append(" / ".join(short(of[p]) if p in of else "-" for p in ("p50", "p90", "p99")))
             cells.append(f"{point['output_throughput']:,.1f}")
             cells.append("-" if point.get("goodput") is None else f"{point['goodput']:,.2f}")
             rows.append(cells)

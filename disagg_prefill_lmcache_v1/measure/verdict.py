@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name
+from disagg_prefill_lmcache_v1.measure.parts import all_points, describe_parts, percentile, rate_name, short
 
 Point = Mapping[str, Any]  # of compare.json
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
@@ -138,11 +138,11 @@ def table(arms: Mapping[str, Mapping[str, Any]], servers: int) -> str:
     points = [(name, each) for name, arm in arms.items() for each in all_points(arm)]
     for name, point in sorted(points, key=_order):
         goodput = point.get("goodput")
-        latencies = ("/".join(_short(point[f"{key}_ms"][share]) for share in ("p50", "p90", "p99")) for key in NAMES)
+        latencies = ("/".join(short(point[f"{key}_ms"][share]) for share in ("p50", "p90", "p99")) for key in NAMES)
         rows.append([
             rate_name(point), name, f"{point['failed']}", *latencies,
-            _short(point["request_throughput"]), _short(point["output_throughput"] / servers),
-            "-" if goodput is None else _short(goodput),
+            short(point["request_throughput"]), short(point["output_throughput"] / servers),
+            "-" if goodput is None else short(goodput),
         ])  # fmt: skip
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return "\n".join(
@@ -152,10 +152,6 @@ def table(arms: Mapping[str, Mapping[str, Any]], servers: int) -> str:
 
 def _order(row: tuple[str, Point]) -> float:
     return -1.0 if row[1].get("serial") else row[1]["request_rate"] or math.inf
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def where_ttft_goes(points: Sequence[Point]) -> str:

@@ -112,7 +112,8 @@ class Workload:
         """For compare.json."""
         prompts = [request.input_tokens for request in self.requests]
         return {
-            "name": self.name, "source": self.source, "requests": len(self.requests), "burstiness": self.burstiness,
+            "name": self.name, "source": self.source, "requests": len(self.requests),
+            "burstiness": self.burstiness and round(self.burstiness, 4),
             "input_tokens": sum(prompts), "longest_input": max(prompts),
             "output_tokens": sum(request.output_tokens for request in self.requests),
             "shared_blocks": round(shared_part(self.requests), 4), "block_tokens": self.block,

@@ -134,6 +134,7 @@ class DecodeStage:
             request.event_stream = response.event_stream
             lines = answer_lines(request, response.headers)
             if request.route != "other" and response.event_stream:
+                request.start = timing.arrived(client.transport, request.start)
                 told = response.header(timing.HEADER)
                 request.decode_told = timing.told_times(timing.told_by_decode(told)) if told else ()
                 so_far = timing.ttft_parts(request, time.perf_counter() - request.start)

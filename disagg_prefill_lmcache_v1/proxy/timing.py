@@ -1,18 +1,23 @@
 """Where the time to the first token (TTFT) of a streamed answer went, in parts that sum to it.
 
-Nothing is guessed and no clocks of two machines are compared. The proxy knows when the request came, when it asked each
+It begins when the request's last bytes were in this machine's kernel: a proxy without CPU reads them later. Nothing is
+guessed and no clocks of two machines are compared. The proxy knows when the request came, when it asked each
 server and when each answered. The servers tell in ``x-kv-timing`` how long each thing took there; what is left of the
 time that the proxy waited for them was spent between them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
+import socket
+import sys
+import time
 
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 
 PARTS = {
-    "proxy_queue": "from the request's head until the first server is asked: its body, checks, a place in the queue",
+    "proxy_queue": "until the first server is asked: CPU for the proxy, the body, checks, a place in the queue",
     "prefill_queue": "in the prefill server, until its engine has scheduled the request",
     "prefill": "the prefill server computes (all of its time, if it does not tell more)",
     "kv_visible": "the prefill server holds its answer until the KV cache is visible in the store",
@@ -24,6 +29,8 @@ PARTS = {
     "network": "between the proxy and servers that tell their times: HTTP on both sides",
 }
 HEADER = b"x-kv-timing"
+_LAST_DATA = slice(52, 56)  # tcpi_last_data_recv in the kernel's struct tcp_info: milliseconds since data came
+_TICK_S = time.clock_getres(6) if sys.platform == "linux" else 0.0  # that number's step; 6 is CLOCK_MONOTONIC_COARSE
 _SLACK_S = 0.0005  # servers round what they tell
 
 _MS = rb"(\d{1,9}\.\d\d)"
@@ -37,6 +44,16 @@ def told_times(found: re.Match[bytes] | None) -> tuple[float, ...]:
         return ()
     first, second, third = found.groups()
     return float(first) / 1000, float(second) / 1000, float(third) / 1000
+
+
+def arrived(transport: asyncio.BaseTransport, read_at: float) -> float:
+    """When a client's last bytes came, on ``time.perf_counter``: at the latest then, and before ``read_at``."""
+    try:
+        told = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.stop)
+    except (OSError, AttributeError):  # it has hung up; another system
+        return read_at
+    since = int.from_bytes(told[_LAST_DATA], sys.byteorder) / 1000
+    return min(read_at, time.perf_counter() - since + _TICK_S)
 
 
 def ttft_parts(request: RequestContext, ttft_s: float) -> dict[str, float]:

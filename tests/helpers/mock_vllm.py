@@ -24,6 +24,7 @@ class MockVllm:
         self.cut = False  # close the connection in the middle of a stream
         self.hang = False
         self.no_usage = False
+        self.no_text = False  # tokens whose text is empty
         self.not_json = False
         self.no_done = False
         self.error_event = False
@@ -54,7 +55,8 @@ class MockVllm:
             token = other if index == 1 and self.wrong_for(-len(prompt) if chat else len(prompt)) else right
             logprob = -0.2 + self.wrong_logprob
             tops = {right: logprob, other: self.runner_up}
-            text, choice = f" t{token.removeprefix('token_id:')}", {"index": 0, "finish_reason": None}
+            text = "" if self.no_text else f" t{token.removeprefix('token_id:')}"
+            choice = {"index": 0, "finish_reason": None}
             if chat:
                 choice[("delta" if body.get("stream") else "message")] = {"content": text}
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from mock_vllm import MAX_MODEL_LEN, MockVllm
 from disagg_prefill_lmcache_v1.measure import load_and_verify, target
 from disagg_prefill_lmcache_v1.measure.load import arrival_times
 from disagg_prefill_lmcache_v1.measure.parts import percentile, summarise_parts
+from disagg_prefill_lmcache_v1.measure.priority import go_first
 from disagg_prefill_lmcache_v1.measure.probe import PROBE_MAX_ERRORS, compare_answers
 from disagg_prefill_lmcache_v1.measure.settings import Settings
 from disagg_prefill_lmcache_v1.measure.summary import format_table, write_summary
@@ -180,6 +182,24 @@ def test_the_parts_of_ttft_are_summed_up_and_the_slowest_is_named(mocks: tuple[M
     text = write_summary(tmp_path, summary).read_text()
     assert json.loads(text) == summary
     assert len([line for line in text.splitlines() if '"start_s"' in line]) == 5, "a line each"
+
+
+def test_a_token_without_text_is_a_token(mocks: tuple[MockVllm, MockVllm]) -> None:
+    mocks[0].no_text = True
+    for request in run(mocks, probe="off")["each_request"]:
+        assert request["ttft_ms"] > 0
+        assert len(request["itls_ms"]) == 3
+
+
+def test_the_load_has_the_cpu_before_the_servers_where_that_is_allowed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        begin = expected = os.getpriority(os.PRIO_PROCESS, other.pid)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, other.pid, begin - 1)
+            expected = -10
+        go_first(other.pid)
+        assert os.getpriority(os.PRIO_PROCESS, other.pid) == expected
+        other.communicate(b"\n")
 
 
 @pytest.mark.parametrize(("share", "close"), [(1.0, 1.0), (0.9, 0.0)])

@@ -45,10 +45,11 @@ def made_up_comparison() -> dict[str, Any]:
         points = []
         for rate in (1.0, 2.0, 4.0, 0.0, 0.0):  # a sweep's: the last are all at once and one at a time
             of = {f"p{percent}": 100 + 50 * rate + percent for percent in (50, 90, 99)}
+            long = {key: 123.4 * value for key, value in of.items()}
             points.append({
                 "request_rate": rate, "duration_s": 10.0, "completed": 20, "failed": 1, "request_throughput": rate,
                 "output_throughput": 40 * rate, "total_token_throughput": 900 * rate, "goodput": rate * 0.9,
-                "ttft_ms": of, "tpot_ms": {"p50": (12 if arm == "plain" else 7) + rate}, "itl_ms": of, "e2el_ms": of,
+                "ttft_ms": of, "tpot_ms": {"p50": (12 if arm == "plain" else 7) + rate}, "itl_ms": of, "e2el_ms": long,
                 "requests": made_up_requests(rng, arm, 20),
             })  # fmt: skip
         arms[arm] = {"points": points[:-1], "serial": points[-1] | {"serial": True}}

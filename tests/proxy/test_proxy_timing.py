@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import httpx
 import pytest
 from proxy_harness import DEADLINE_S, REPOSITORY, Stack, stack
@@ -102,6 +105,20 @@ def test_client_log_and_metrics_have_the_parts(mock: str, names: list[str]) -> N
         text = httpx.get(f"{made.url}/metrics").text.splitlines()
         sums = [float(each.split()[1]) for each in text if each.startswith("disagg_ttft_part_seconds_sum")]
         assert sum(sums) * 1000 == pytest.approx(ttft, abs=0.1)
+
+
+def test_a_request_begins_when_it_is_here_and_not_when_the_proxy_has_cpu_for_it() -> None:
+    frozen_s = 0.4
+    with stack() as made, made.proxy.connect() as client:
+        body = b'{"prompt": "x", "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: late\r\ncontent-type: application/json\r\n"
+        made.proxy.process.send_signal(signal.SIGSTOP)
+        client.sendall(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        time.sleep(frozen_s)  # what is measured
+        made.proxy.process.send_signal(signal.SIGCONT)
+        line = made.proxy.access_line("late")
+        assert line["ttft_parts_ms"]["proxy_queue"] >= (frozen_s - 0.1) * 1000
+        assert sum(line["ttft_parts_ms"].values()) == pytest.approx(line["ttft_ms"], abs=0.1)
 
 
 def test_without_prefill_servers_the_parts_are_two() -> None:
