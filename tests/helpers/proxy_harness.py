@@ -22,12 +22,16 @@ for folder in (REPOSITORY, REPOSITORY / "tests" / "helpers"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from httpx._config import DEFAULT_TIMEOUT_CONFIG  # noqa: E402
 from launch_harness import free_ports  # noqa: E402
 from mock_openai_server import MockState, start_mock  # noqa: E402
 
 PROXY = REPOSITORY / "disagg_prefill_lmcache_v1" / "disagg_proxy_server.py"
 MOCK = REPOSITORY / "tests" / "helpers" / "mock_openai_server.py"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
+# Without this httpx gives up after 5 s where a test tells no timeout; a busy machine starts workers later than that.
+for limit in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, limit, DEADLINE_S)
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:

@@ -142,7 +142,7 @@ def process(command, log: Path, **environment):
 
 def answers_health(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as response:
             return response.status == 200
     except OSError:
         return False

@@ -70,7 +70,7 @@ def processes() -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     yield
-    assert processes() == {}, "processes were left"
+    wait_until(lambda: processes() == {}, "no process is left", 20)  # those on their way out get a moment
 
 
 def test_one_stores_and_the_other_retrieves(model: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_an_output_that_nobody_reads_ends_the_program_without_noise(statement: s
     reading, writing = os.pipe()
     os.close(reading)
     where = {"stderr": writing} if "info" in statement else {"stdout": writing, "stderr": subprocess.PIPE}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, check=False, **where)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False, **where)
     os.close(writing)
     assert (done.returncode, done.stderr or b"") == (141, b"")
 

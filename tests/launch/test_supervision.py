@@ -442,7 +442,7 @@ def test_all_ends_with_a_launcher_that_is_killed_though_it_ignores_term() -> Non
         assert len(family) == 3
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     wait_until(lambda: not any(map(lookup, family)), "all are gone", 60)
 
 

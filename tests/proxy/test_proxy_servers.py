@@ -280,8 +280,8 @@ def test_ready_asks_no_server() -> None:
 @pytest.fixture
 def slow_server() -> Iterator[RawServer]:
     def answer(head: bytes) -> Iterator[bytes]:
-        yield from slowly(b"HTTP/1.1 200 OK\r\nx-slow: y\r\ncontent-length: 500\r\n\r\n", 0.05)
-        yield from slowly(b"x" * 500)  # almost a minute
+        yield from slowly(b"HTTP/1.1 200 OK\r\nx-slow: y\r\ncontent-length: 5000\r\n\r\n", 0.05)
+        yield from slowly(b"x" * 5000)  # more than eight minutes
 
     server = RawServer(answer)
     yield server

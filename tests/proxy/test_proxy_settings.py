@@ -88,7 +88,7 @@ def test_urls() -> None:
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(proxy_harness.PROXY), *argv], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, str(proxy_harness.PROXY), *argv], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -119,7 +119,7 @@ def test_bad_upstreams_file_is_refused_at_start(tmp_path) -> None:
 def test_module_form_shows_help() -> None:
     command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.disagg_proxy_server", "--help"]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=30, check=False, cwd=proxy_harness.REPOSITORY
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=proxy_harness.REPOSITORY
     )
     assert result.returncode == 0
     assert "--prefiller-host" in result.stdout

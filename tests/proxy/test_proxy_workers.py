@@ -163,7 +163,7 @@ sys.exit(server.main())
     (tmp_path / "start.py").write_text(program)
     command = [sys.executable, "start.py", "--port", "0", "--workers", workers, "--ssl-certfile", "good.pem",
                "--ssl-keyfile", "good.key"]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == (3 if workers == "1" else 1)
     assert "the proxy cannot start" in result.stderr
     assert "Traceback" not in result.stderr

@@ -36,7 +36,7 @@ def test_a_frozen_kv_server_costs_reuse_and_nothing_else(serving, reference):
     group = kv_server_group(stack)
     with Load(stack, reference) as load:
         load.wait_for(8)
-        assert stack.metric("disagg_kv_degraded") == 0
+        wait_until(lambda: stack.metric("disagg_kv_degraded") == 0, "all of the server's start is over", 60)
         os.killpg(group, signal.SIGSTOP)
         try:
             wait_until(lambda: stack.metric("disagg_kv_degraded") == 1, "the gauge shows the frozen server", 60)
