@@ -393,7 +393,7 @@ def tracker(monkeypatch):
         store=Store(),
     )
     monkeypatch.setattr(patches, "remote_backend", lambda e: SimpleNamespace(connection=e.store))
-    yield PutTracker(engine, Heard(), 0, 1, wait_timeout_s=0.5)
+    yield PutTracker(engine, Heard(), 0, 1, wait_timeout_s=60)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
@@ -417,6 +417,7 @@ def test_end_comes_after_the_last_put(tracker):
 
 
 def test_put_that_never_ends(tracker):
+    tracker._timeout_s = 0.5
     tracker.submitted(["a"])
     tracker.confirm("r", ["a"], None)
     assert ends(tracker)[0][:3] == ("end", "r", "failed")

@@ -243,9 +243,9 @@ def test_a_sender_with_another_secret_is_told_and_not_let_in(module_loop, receiv
     ],
 )
 def test_who_proves_nothing_learns_no_address_and_changes_nothing(sender, receiver, port, sent, monkeypatch):
-    monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.3)
     name = key(uuid.uuid4())
     send(sender, name)
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.3)
     before = receiver.stats()
     with socket.create_connection(("127.0.0.1", port), 10) as stranger:
         stranger.sendall(sent)

@@ -413,14 +413,13 @@ def test_a_server_that_dies_leaves_what_is_being_read_and_the_next_one_is_mapped
     assert len(remapped) == 1
 
 
-def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, server, loop, monkeypatch):
+def test_what_was_handed_out_on_a_failed_connection_is_nobody_elses(client, server, loop):
     """The server is too slow for one answer: the connection is given up, but not what is being read and written."""
     read, written = some_keys(1), some_keys(1)
     store(client, read, 1.0)
     tensors, _ = client.connector.stage(written, [SHAPE], torch.float32)
     with client.connector.fetch(read) as chunks:
         _, reading = next(iter(chunks))
-        monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.2)
         client.connector._session._link.set_timeout(0.2)
         os.kill(server.process.pid, signal.SIGSTOP)
         try:

@@ -132,7 +132,7 @@ def test_dead_store_fails_fast_and_a_restarted_one_is_used(client, server):
 
 
 def test_frozen_store_is_given_up(client, server, monkeypatch):
-    monkeypatch.setattr(base, "IO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 1.0)
     client(client.connector.close())
     client.connector = registry.connect(server.url, client.loop, client.staging)
     server.freeze()

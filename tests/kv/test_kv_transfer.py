@@ -354,7 +354,7 @@ def test_a_store_that_dies_while_loading(kind, loop):
 
 
 def test_a_frozen_store_costs_its_deadline_not_an_answer(loop, monkeypatch):
-    monkeypatch.setattr(base, "IO_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(base, "IO_TIMEOUT_S", 2.0)
     server = Server("lm")
     side = Side(server.url, loop)
     try:

@@ -66,7 +66,7 @@ class Call:
 
 async def held(call, engine):
     """Wait until the app has answered and the loop had every chance to pass the answer on."""
-    await asyncio.wait_for(engine.answered.wait(), 5)
+    await asyncio.wait_for(engine.answered.wait(), 60)
     for _ in range(20):
         await asyncio.sleep(0)
     return not call.task.done()
@@ -80,7 +80,7 @@ def name(monkeypatch):
 
 
 def run(scenario):
-    asyncio.run(asyncio.wait_for(scenario, 20))
+    asyncio.run(asyncio.wait_for(scenario, 90))
 
 
 def test_held_until_the_end_is_said(name):
@@ -99,7 +99,7 @@ def test_held_until_the_end_is_said(name):
         names, times = zip(*(part.split("=") for part in call.headers["x-kv-timing"].split(",")), strict=True)
         assert names == ("queue", "prefill", "hold")
         assert times[2] == call.headers["x-kv-wait-ms"]
-        assert all(0 <= float(value) < 20_000 for value in times)
+        assert all(0 <= float(value) < 90_000 for value in times)
 
     run(scenario())
 
