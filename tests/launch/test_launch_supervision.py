@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch_harness import EXAMPLE, LAUNCHER, PACKAGE, STANDINS, TIMEOUT_S, Launch, option, wait_until
+from launch_harness import (
+    EXAMPLE,
+    LAUNCHER,
+    PACKAGE,
+    STANDINS,
+    TIMEOUT_S,
+    Launch,
+    free_ports_in_a_row,
+    option,
+    wait_until,
+)
 
 from disagg_prefill_lmcache_v1.launch.profiles import load_profile
 from disagg_prefill_lmcache_v1.same_user import read_secret
@@ -403,8 +413,8 @@ def test_nixl_backend(launch: Launch) -> None:
         environment = launch.record(record_name(launch, role))["env"]
         assert environment["DISAGG_NIXL_URL"] == f"nixl://127.0.0.1:{launch.ports['kv']}"
         assert "LMCACHE_REMOTE_URL" not in environment
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_ports_in_a_row(2) + 1
+    with socket.create_server(("127.0.0.1", port)):
         flags = ("--backend=nixl", "--tensor-parallel-size=2", f"--kv-port={port - 1}")
         done = launch.run(EXAMPLE, *launch.arguments(*flags))
     assert done.returncode == 1
