@@ -218,12 +218,12 @@ def mooncake(rate: float, count: int, seed: int = 5) -> list[Request]:
     """Lengths by the quantiles of Mooncake's conversation trace, arrivals in bursts (CV 3), no shared beginnings."""
     rng, at, requests = random.Random(seed), 0.0, []
     for _ in range(count):
-        requests.append(Request(at, _quantile("in", rng.random()), _quantile("out", rng.random())))
+        requests.append(Request(at, quantile("in", rng.random()), quantile("out", rng.random())))
         at += rng.gammavariate(1 / 9, 9 / rate)
     return requests
 
 
-def _quantile(name: str, share: float) -> int:
+def quantile(name: str, share: float) -> int:
     for (low, a), (high, b) in itertools.pairwise(QUANTILES[name]):
         if share <= high:
             return int(a + (b - a) * (share - low) / (high - low))

@@ -22,6 +22,7 @@ from disagg_prefill_lmcache_v1.proxy.members import file_stamp, read_members
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
+from disagg_prefill_lmcache_v1.proxy.prompt_meter import PromptMeter
 from disagg_prefill_lmcache_v1.proxy.request import TraceMaker
 from disagg_prefill_lmcache_v1.proxy.route_chooser import make_chooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
@@ -102,10 +103,13 @@ def _build(
     app.state.layouts = LayoutWatch()
     prefill = PrefillStage(settings, pools[0], metrics)
     chooser = make_chooser(settings, *pools, metrics)
+    prompts = PromptMeter(chooser is not None, *pools)
     decode = DecodeStage(settings, pools[1], metrics, chooser)
     adapters = AdapterStage(pools, settings.prefill_timeout_s)
     own_route = functools.partial(_call, app)
-    handler = RequestHandler(settings, metrics, access_log, prefill, decode, adapters, own_route, chooser, tracing)
+    handler = RequestHandler(
+        settings, metrics, access_log, prefill, decode, adapters, own_route, prompts, chooser, tracing
+    )
     values = metrics.values
     upkeep = Upkeep(
         settings, *pools, finished=lambda: handler.finished,

@@ -50,15 +50,18 @@ class DecodeStage:
         tried: list[Upstream] = []
         failure: UpstreamError | None = None
         attempts = 1 if request.route == "other" else 2
+        held = 0 if request.prompt is None else request.prompt.tokens
         begin = time.perf_counter()
         while True:
-            upstream = pool.choose(None, tried)
+            # A prompt that is computed here goes where its beginning is known; KV from a prefill server goes anywhere.
+            upstream = pool.choose(None if request.prefill_outcome else request.prompt, tried)
             if upstream is None:
                 raise _failed(failure)
             request.decoder = upstream.authority
             if self._chooser is not None:
                 self._chooser.decoding(request, upstream)
             upstream.in_flight += 1
+            upstream.held += held
             values[self.in_flight] += 1.0
             try:
                 response = await self._ask(upstream, request, body)
@@ -88,6 +91,7 @@ class DecodeStage:
                 self._metrics.add("disagg_retries", DECODE)
             finally:
                 upstream.in_flight -= 1
+                upstream.held -= held
                 values[self.in_flight] -= 1.0
 
     async def _ask(self, upstream: Upstream, request: RequestContext, body: bytes) -> Response:

@@ -23,6 +23,7 @@ from disagg_prefill_lmcache_v1.proxy.header_fields import PREFLIGHT, RequestHead
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import PREFILL
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
+from disagg_prefill_lmcache_v1.proxy.prompt_meter import PromptMeter
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext, TraceMaker
 from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.settings import Settings
@@ -48,8 +49,8 @@ class RequestHandler:
 
     def __init__(
         self, settings: Settings, metrics: Metrics, access_log: AccessLog | None, prefill: PrefillStage,
-        decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute, chooser: RouteChooser | None = None,
-        tracing: TraceMaker | None = None,
+        decode: DecodeStage, adapters: AdapterStage, own_route: OwnRoute, prompts: PromptMeter,
+        chooser: RouteChooser | None = None, tracing: TraceMaker | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._metrics = metrics
@@ -58,6 +59,7 @@ class RequestHandler:
         self._decode = decode
         self._adapters = adapters
         self._own_route = own_route
+        self._prompts = prompts
         self._chooser = chooser
         self._tracing = tracing
         self._own_paths = OWN_PATHS | {status.PAGE, status.DATA} if settings.status_page else OWN_PATHS
@@ -191,10 +193,12 @@ class RequestHandler:
         alone = self._settings.decode_only
         suspect = suspect and self._settings.prefill_failure == "decode"
         shaped = None if fields is None or alone or suspect else bodies.prefill_body(request.path, fields)
+        if fields is not None:
+            request.prompt = self._prompts.measure(fields)
         if shaped is None:
             reason = "decode_only" if alone else "no_prompt" if fields is None else "stored_response"
             self._metrics.add("disagg_prefill_skipped", "suspect" if suspect else reason)
-        elif self._chooser is None or not self._chooser.choose(request, fields or {}):
+        elif self._chooser is None or not self._chooser.choose(request):
             refusal = await self._prefill.run(request, shaped, fields)
             if refusal is not None:
                 pass_on(client, request, refusal)
@@ -212,6 +216,8 @@ class RequestHandler:
             request.parts = ttft_parts(request, request.ttft_s)
             metrics.observe_each(self._parts, request.parts)
             metrics.add("disagg_streamed_bytes", by=float(request.sent))
+        if request.prompt is not None:
+            self._prompts.learn(request)
         if self._chooser is not None:
             self._chooser.finished(request)
         if request.prefill_outcome:

@@ -18,6 +18,8 @@ log = logging.getLogger("disagg_proxy")
 _LAYOUT = b"x-kv-layout"
 _DYING_S = 30.0  # how long a server may take from the answer 500 to its end
 
+_REQUEST_TOKENS = {"prefill": 64, "decode": 512}  # that a request weighs beside its prompt; in decode, its answer
+
 CIRCUIT_FAILURES = 3  # failed checks in a row that close a server to new requests
 BACK_OFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -46,6 +48,7 @@ class Upstream:
         "client",
         "failures",
         "healthy",
+        "held",
         "host_line",
         "in_flight",
         "kv_degraded",
@@ -70,7 +73,8 @@ class Upstream:
         self.authority = client.address.authority
         self.host_line = b"host: " + self.authority.encode() + b"\r\n"
         self.in_flight = 0
-        self.load = Load()  # its prompts, as the choice of a route sees them
+        self.load = Load()  # prompts that it computes or that wait there
+        self.held = 0  # tokens of the prompts whose answers it makes
         self.kv_degraded = False  # its KV caches do not reach the store
         self.kv_layout = ""  # how its KV is stored, as it tells with its health
         self.kv_mismatch = ""  # why no decode server can load its KV
@@ -83,6 +87,11 @@ class Upstream:
         self.refused_at = 0.0  # loop time when it began to refuse connections
         self.sick = False  # its /health says so, whatever it answers to requests
         self.refusing = False  # connections are refused, which costs no time: it may be tried all the same
+
+    @property
+    def work(self) -> float:
+        """What it has to do and to hold, tokens; with one server of its role only the count of requests is known."""
+        return self.load.tokens + self.held + _REQUEST_TOKENS[self.role] * self.in_flight
 
     def note_answer(self) -> None:
         """A request got an answer: a check that got none was wrong, or the server is back."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
+from disagg_prefill_lmcache_v1.proxy.affinity import PrefixTable, Prompt
 from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.settings import Settings, parse_url
@@ -17,10 +16,6 @@ log = logging.getLogger("disagg_proxy")
 
 PREFILL, DECODE = "prefill", "decode"
 
-_PREFIX_BLOCK = 512  # bytes of prompt text per step of the prefix table
-_PREFIX_BLOCKS = 32
-_PREFIX_TABLE = 65536
-_STICKY_SLACK = 4  # how many more requests than the least loaded server the sticky one may have
 _WATCH_S = 0.25  # longest time between two looks at which checks are due
 _GAUGES = ("disagg_upstream_up", "disagg_upstream_in_flight", "disagg_upstream_idle_connections")
 
@@ -37,7 +32,8 @@ class Pool:
         self.upstreams: list[Upstream] = []
         self._retired: list[Upstream] = []
         self._turn = 0
-        self._prefixes: OrderedDict[int, Upstream] = OrderedDict()
+        self._affinity = settings.prefix_affinity == "on"
+        self._prefixes: PrefixTable[Upstream] = PrefixTable()
         self.set_members(urls)
 
     def set_members(self, urls: Sequence[str]) -> None:
@@ -63,55 +59,39 @@ class Pool:
         self.upstreams = members
         self._prefixes.clear()
 
-    def choose(self, prefix: bytes | None = None, excluded: Collection[Upstream] = ()) -> Upstream | None:
-        """Server for a new request, or None if none is left.
-
-        Healthy servers go first. Among them the least loaded one, unless ``prefix`` (the beginning of the prompt) was
-        seen before and the server that had it is not much busier.
-        """
+    def choose(self, prompt: Prompt | None = None, excluded: Collection[Upstream] = ()) -> Upstream | None:
+        """Server for a new request, or None if none is left. A ``prompt`` is going to be computed there."""
         upstreams = self.upstreams
         if len(upstreams) == 1:
             only = upstreams[0]
             return None if only in excluded else only
-        now = self._time()
-        candidates = [u for u in upstreams if u not in excluded]
-        healthy = [u for u in candidates if u.up and u.open_until <= now]
-        candidates = healthy or candidates
-        if not candidates:
-            return None
-        least = min(u.in_flight for u in candidates)
-        if prefix:
-            return self._sticky(prefix, candidates, least)
+        chosen, known = self.likely(prompt, excluded)
         self._turn += 1
-        count = len(candidates)
-        for step in range(count):
-            upstream = candidates[(self._turn + step) % count]
-            if upstream.in_flight == least:
-                return upstream
-        return candidates[0]
-
-    def _sticky(self, prefix: bytes, candidates: list[Upstream], least: int) -> Upstream:
-        table = self._prefixes
-        hashes, value = [], 0
-        for start in range(0, min(len(prefix), _PREFIX_BLOCK * _PREFIX_BLOCKS), _PREFIX_BLOCK):
-            value = zlib.crc32(prefix[start : start + _PREFIX_BLOCK], value)
-            hashes.append(value << 8 | len(hashes))
-        chosen = None
-        for key in reversed(hashes):
-            known = table.get(key)
-            if known is not None and known in candidates and known.in_flight <= least + _STICKY_SLACK:
-                chosen = known
-                break
-        if chosen is None:
-            # A new prefix: the same choice in every worker process, if load allows.
-            free = [u for u in candidates if u.in_flight <= least + _STICKY_SLACK]
-            chosen = max(free, key=lambda u: zlib.crc32(u.name.encode(), hashes[0] & 0xFFFFFFFF))
-        for key in hashes:
-            table[key] = chosen
-            table.move_to_end(key)
-        while len(table) > _PREFIX_TABLE:
-            table.popitem(last=False)
+        if prompt is not None and chosen is not None:
+            prompt.known = known
+            if self._affinity:
+                self._prefixes.note(prompt, chosen)
         return chosen
+
+    def likely(self, prompt: Prompt | None, excluded: Collection[Upstream] = ()) -> tuple[Upstream | None, int]:
+        """The server that ``choose`` would take, and how many tokens of the prompt are thought to be known there.
+
+        Healthy servers go first. Among them the one with the fewest tokens to compute (affinity.py); without a prompt,
+        or where no decode server knows it, the one with the least to do, and equals take turns.
+        """
+        candidates = [u for u in self.upstreams if u not in excluded]
+        if len(candidates) == 1:
+            return candidates[0], 0
+        now = self._time()
+        candidates = [u for u in candidates if u.up and u.open_until <= now] or candidates
+        if not candidates:
+            return None, 0
+        if prompt is not None and self._affinity:
+            chosen, known = self._prefixes.find(prompt, candidates)
+            if known or self.role == PREFILL:
+                return chosen, known
+        count, first = len(candidates), self._turn + 1
+        return min((candidates[(first + step) % count] for step in range(count)), key=lambda each: each.work), 0
 
     # -- health
 

@@ -48,12 +48,11 @@ class PrefillStage:
         """
         request.stage = "prefill"
         pool = self._pool
-        prefix = _prefix_of(fields) if len(pool.upstreams) > 1 else None
         tried = [upstream for upstream in pool.upstreams if upstream.kv_mismatch]  # of no use to any decode server
         reason = tried[0].kv_mismatch if tried else "no prefill server"
         attempts = 2
         while attempts:
-            upstream = pool.choose(prefix, tried)
+            upstream = pool.choose(request.prompt, tried)
             if upstream is None:
                 break
             if upstream.open_until > self._time() and not upstream.refusing:
@@ -100,7 +99,8 @@ class PrefillStage:
         values = self._metrics.values
         begin = time.perf_counter()
         request.prefill_sent = request.prefill_sent or begin
-        tokens = request.route_tokens
+        prompt = request.prompt
+        tokens = 0 if prompt is None else max(prompt.tokens - prompt.known, 1)
         ahead = upstream.load.add(tokens) if tokens else 0.0
         upstream.in_flight += 1
         values[self.in_flight] += 1.0
@@ -175,11 +175,3 @@ class PrefillStage:
         else:
             log.info("KV caches of %s reach the store again", upstream.name)
         self._metrics.set("disagg_kv_degraded", to=float(not all(u.shares_kv for u in self._pool.upstreams)))
-
-
-def _prefix_of(fields: dict[str, Any]) -> bytes | None:
-    """Beginning of the prompt, which chooses the server."""
-    for name in ("prompt", "messages", "input"):
-        if name in fields:
-            return bytes(memoryview(fields[name])[:16384])
-    return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from disagg_prefill_lmcache_v1.proxy.affinity import Prompt
 from disagg_prefill_lmcache_v1.proxy.headers import Header
 from disagg_prefill_lmcache_v1.proxy.health import Death
 
@@ -62,12 +63,11 @@ class RequestContext:
         "prefill_sent",
         "prefill_told",
         "prefiller",
+        "prompt",
         "prompt_tokens",
         "request_id",
         "reused_tokens",
         "route",
-        "route_bytes",
-        "route_tokens",
         "sent",
         "stage",
         "start",
@@ -109,7 +109,7 @@ class RequestContext:
         self.deaths: tuple[Death, ...] = ()  # of servers that it may have ended (suspects.py)
         self.way = self.way_reason = ""  # pair or direct, where that was a choice (route_chooser.py)
         self.expected_s = -1.0  # to the first token, when it was chosen
-        self.route_bytes, self.route_tokens = 0, 0.0  # of the prompt, as estimated then
+        self.prompt: Prompt | None = None  # its size and beginning, where they are asked for
         self.on_first_token: Callable[[], None] | None = None
         self.sent = 0  # bytes of the answer's body
         self.event_stream = False

@@ -45,6 +45,10 @@ class Settings:
         30.0, "--route auto: gap between tokens that 99 of 100 should keep; rounded down to a bucket of the ITL metric",
         low=1,
     )  # fmt: skip
+    prefix_affinity: str = setting(
+        "on", "several prefill servers: on: a prompt goes to the one that knows its beginning, unless more work waits "
+        "there than that saves; off: to the one with the fewest tokens to compute", choices=("on", "off"),
+    )  # fmt: skip
     upstreams_file: str = setting(
         "", 'JSON file {"prefillers": [URL, ...], "decoders": [URL, ...]}, read again whenever it changes'
     )

@@ -341,7 +341,7 @@ def test_a_new_request_knows_nothing() -> None:
     unknown = ("prefill_s", "decode_s", "ttft_s", "kv_wait_ms", "kv_transfer_ms", "prompt_tokens", "cached_tokens",
                "reused_tokens", "expected_s")  # fmt: skip
     assert {name: getattr(request, name) for name in unknown} == dict.fromkeys(unknown, -1)
-    nothing = ("prefill_sent", "prefill_answered", "decode_sent", "route_bytes", "route_tokens", "event_stream",
+    nothing = ("prefill_sent", "prefill_answered", "decode_sent", "prompt", "event_stream",
                "want_usage", "on_first_token", "parts", "prefill_told", "decode_told", "kv_state", "prefill_outcome",
                "error_detail", "prefiller", "decoder", "way", "way_reason", "cors")  # fmt: skip
     assert not any(getattr(request, name) for name in nothing)

@@ -9,11 +9,11 @@ from typing import Any
 import proxy_harness  # noqa: F401 (makes the package importable)
 import pytest
 
-from disagg_prefill_lmcache_v1.proxy import pool as proxy_pool
+from disagg_prefill_lmcache_v1.proxy.affinity import BEGINNING, Prompt
 from disagg_prefill_lmcache_v1.proxy.health import BACK_OFF_S, CIRCUIT_FAILURES, Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
-from disagg_prefill_lmcache_v1.proxy.pool import PREFILL, Pool
-from disagg_prefill_lmcache_v1.proxy.settings import Settings, parse_url
+from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
+from disagg_prefill_lmcache_v1.proxy.settings import Settings, load_settings, parse_url
 from disagg_prefill_lmcache_v1.proxy.upstream import Response, UpstreamError
 
 REFUSED = UpstreamError("refused", "connection refused", taken=False)
@@ -47,17 +47,90 @@ def test_the_least_loaded_server_is_chosen_and_equals_take_turns() -> None:
     with_pool(use)
 
 
-def test_prompts_with_a_common_beginning_share_a_server_until_it_is_much_busier() -> None:
+def text(value: bytes, tokens: int = 0) -> Prompt:
+    return Prompt(value[:BEGINNING], len(value), tokens or len(value) // 4)
+
+
+def test_tokens_to_compute_count_not_requests() -> None:
     def use(pool: Pool) -> None:
-        prompt = b"system prompt " * 100
-        home = pool.choose(prompt)
-        for server in pool.upstreams:
-            server.in_flight = proxy_pool._STICKY_SLACK if server is home else 0
-        assert pool.choose(prompt + b"and a question") is home
-        home.in_flight += 1
-        assert pool.choose(prompt + b"and a question") is not home
-        loaded(pool, 0, 0, 0)
-        assert len({pool.choose(b"%d" % number + prompt) for number in range(50)}) == 3
+        first, second, third = loaded(pool, 1, 9, 9)
+        first.load.tokens, second.load.tokens, third.load.tokens = 20_000, 4_000, 8_000
+        assert pool.choose() is second
+        assert pool.choose(text(b"a new prompt")) is second
+
+    with_pool(use)
+
+
+def test_a_known_beginning_weighs_as_many_tokens_as_it_has() -> None:
+    def use(pool: Pool) -> None:
+        prompt = b"system prompt " * 1000
+        home = pool.choose(text(prompt))
+        again = text(prompt + b"and a question")
+        for waiting, at_home in ((3_000, True), (3_800, False)):  # of 3,500 tokens the beginning has about 3,450
+            home.load.tokens = waiting
+            assert (pool.likely(again)[0] is home) == at_home
+        home.load.tokens = 0
+        assert pool.choose(again) is home
+        assert 3_200 < again.known < 3_500
+        new = text(b"another " * 1000)
+        pool.choose(new)
+        assert new.known == 0
+        assert len({pool.choose(text(b"%d" % number + prompt)) for number in range(50)}) == 3
+
+    with_pool(use)
+
+
+def test_the_next_turn_of_a_long_conversation_is_known() -> None:
+    """What is looked at ends at 128 KiB, at lengths an eighth apart at most: little of what is known goes unseen."""
+
+    def use(pool: Pool) -> None:
+        for turns in (1, 4, 40, 400):
+            spoken = b"[" + b'{"role": "user", "content": "%d"},' % turns * turns * 20
+            home = pool.choose(text(spoken + b"]"))
+            turn = text(spoken + b'{"role": "user", "content": "next"}]')
+            for other in pool.upstreams:
+                other.load.tokens = 400 if other is home else 0
+            chosen, known = pool.likely(turn)
+            assert known == 0 or chosen is home
+            assert turns == 1 or known >= min(0.85 * turn.tokens - 128, 0.24 * BEGINNING)
+
+    with_pool(use)
+
+
+def test_affinity_can_be_switched_off() -> None:
+    async def run() -> None:
+        pool = Pool(PREFILL, URLS, load_settings(["--prefix-affinity", "off"], {}), Metrics())
+        prompts = [text(b"the same " * 1000) for _ in range(3)]
+        assert len({pool.choose(prompt) for prompt in prompts}) == 3
+        assert [prompt.known for prompt in prompts] == [0, 0, 0]
+        pool.close()
+
+    asyncio.run(run())
+
+
+def test_decode_servers_take_turns_with_prompts_that_none_knows() -> None:
+    async def run() -> None:
+        pool = Pool(DECODE, URLS, Settings(), Metrics())
+        prompts = [text(b"%d" % number * 2000) for number in range(3)]
+        homes = [pool.choose(prompt) for prompt in prompts]
+        assert set(homes) == set(pool.upstreams)
+        assert [pool.choose(prompt) for prompt in prompts] == homes
+        homes[0].held = 100_000
+        assert pool.choose(prompts[0]) is not homes[0]
+        assert {pool.choose() for _ in range(4)} == set(homes[1:])
+        pool.close()
+
+    asyncio.run(run())
+
+
+def test_the_table_of_beginnings_is_bounded_and_forgets_servers_that_left() -> None:
+    def use(pool: Pool) -> None:
+        table = pool._prefixes
+        for number in range(70_000):
+            table.note(text(b"%d" % number), pool.upstreams[0])
+        assert len(table._servers) == 65_536
+        pool.set_members(URLS[:2])
+        assert not table._servers
 
     with_pool(use)
 

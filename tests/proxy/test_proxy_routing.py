@@ -12,6 +12,7 @@ from proxy_harness import DEADLINE_S, Stack, stack
 
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import DECODE, PREFILL, Pool
+from disagg_prefill_lmcache_v1.proxy.prompt_meter import PromptMeter
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.route_chooser import RouteChooser
 from disagg_prefill_lmcache_v1.proxy.routing import AUTO, NEVER, Gaps, Line, Load, Router
@@ -199,7 +200,8 @@ def test_a_server_that_is_down_does_not_count_as_idle() -> None:
             for upstream in other.upstreams:
                 upstream.load.tokens = 10_000
             request = RequestContext("POST", "/v1/completions", b"/v1/completions", "/v1/completions", "id", b"")
-            chooser.choose(request, fields)
+            request.prompt = PromptMeter(True, prefillers, decoders).measure(fields)
+            chooser.choose(request)
             for upstream in (*busy.upstreams, *other.upstreams):
                 upstream.up, upstream.in_flight, upstream.load.tokens = True, 0, 0
             return request
@@ -214,9 +216,11 @@ def test_a_server_that_is_down_does_not_count_as_idle() -> None:
     ("text", "tokens"), [("[1,2,3]", 3), ("[ 1, 2, 3 ]", 3), ("[\n  1,\n  2\n]", 2), ("[[1,2,3],[4,5]]", 5)]
 )
 def test_token_ids_are_counted_however_they_are_set(text: str, tokens: int) -> None:
-    def use(chooser: RouteChooser, *_: Pool) -> None:
-        assert chooser._length({"prompt": text.encode()}) == (0, tokens)
-        assert chooser._length({"prompt": b'["a text", "another"]'})[0] == 21
+    def use(_: RouteChooser, *pools: Pool) -> None:
+        meter = PromptMeter(True, *pools)
+        prompt = meter.measure({"prompt": text.encode()})
+        assert (prompt.text_bytes, prompt.tokens) == (0, tokens)
+        assert meter.measure({"prompt": b'["a text", "another"]'}).text_bytes == 21
 
     asyncio.run(with_two_servers_of_each_role(use))
 

@@ -208,7 +208,7 @@ def test_what_was_not_sent_goes_to_another_server() -> None:
 
 
 def test_decode_only_shares_requests_between_whole_servers() -> None:
-    with fleet(0, 2, "--decode-only") as (proxy, _, decoders):
+    with fleet(0, 2, "--decode-only", "--prefix-affinity", "off") as (proxy, _, decoders):
         ready = httpx.get(proxy.url + "/ready")
         assert (ready.status_code, list(ready.json()["servers"])) == (200, ["decode"])
         with concurrent.futures.ThreadPoolExecutor(4) as pool:  # four at a time: two each

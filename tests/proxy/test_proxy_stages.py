@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from test_proxy_units import Channel, headers
 
+from disagg_prefill_lmcache_v1.proxy.affinity import Prompt
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.decode import DecodeStage
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
@@ -20,6 +21,7 @@ from disagg_prefill_lmcache_v1.proxy.handler import RequestHandler
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
 from disagg_prefill_lmcache_v1.proxy.pool import Pool
 from disagg_prefill_lmcache_v1.proxy.prefill import PrefillStage
+from disagg_prefill_lmcache_v1.proxy.prompt_meter import PromptMeter
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
 from disagg_prefill_lmcache_v1.proxy.settings import load_settings
 from disagg_prefill_lmcache_v1.proxy.upstream import Limits, Response, UpstreamError
@@ -72,6 +74,7 @@ class Servers:
         self.requests: list[bytes] = []
         self.options: list[dict[str, Any]] = []
         self.busy: list[tuple[int, float]] = []
+        self.held: list[int] = []
         self.role = role
         for number, (upstream, does) in enumerate(zip(self.pool.upstreams, acts, strict=True)):
             upstream.client.request = self.request(number, list(does))  # type: ignore[method-assign]
@@ -82,6 +85,7 @@ class Servers:
             self.requests.append(request if isinstance(request, bytes) else b"".join(map(bytes, request)))
             self.options.append(options)
             self.busy.append((self.pool.upstreams[number].in_flight, self.value("disagg_in_flight", self.role)))
+            self.held.append(sum(upstream.held for upstream in self.pool.upstreams))
             act = does.pop(0)
             if isinstance(act, BaseException):
                 raise act
@@ -93,7 +97,8 @@ class Servers:
         return self.metrics.values[self.metrics.index(*name)]
 
     def at_rest(self) -> bool:
-        return all(u.in_flight == 0 for u in self.pool.upstreams) and not self.value("disagg_in_flight", self.role)
+        none = all((u.in_flight, u.held, u.load.tokens) == (0, 0, 0) for u in self.pool.upstreams)
+        return none and not self.value("disagg_in_flight", self.role)
 
 
 def context(path: str = "/v1/completions", route: str = "", method: str = "POST") -> RequestContext:
@@ -275,9 +280,28 @@ def test_the_same_beginning_goes_to_the_same_prefill_server() -> None:
             stage = PrefillStage(servers.settings, servers.pool, servers.metrics)
             for end in range(6):  # what comes after the beginning does not matter
                 text = b'"' + b"x" * 16384 + b'%d"' % end
-                await stage.run(context(), [b"{}"], {field: text})
+                request = context()
+                request.prompt = PromptMeter(False, servers.pool, servers.pool).measure({field: text})
+                await stage.run(request, [b"{}"], {field: text})
             assert len(set(servers.asked)) == 1
         await stage.run(context(), [b"{}"], {})
+
+    run(ask())
+
+
+def test_a_decode_server_holds_the_prompts_whose_answers_it_makes() -> None:
+    async def ask() -> None:
+        servers = Servers("decode", [[answer()], [answer(), REFUSED]])
+        first, _ = servers.pool.upstreams
+        first.held = 5_000
+        stage = DecodeStage(servers.settings, servers.pool, servers.metrics)
+        for _ in range(2):  # the second one is sent again, to the first server
+            request, (client, _) = context(), request_of()
+            request.prompt, request.prefill_outcome = Prompt(b"[]", 2, 100, is_text=False), "ok"
+            await stage.run(client, request, b"{}")
+        assert (servers.asked, servers.held) == ([1, 1, 0], [5_100, 5_100, 5_100])
+        first.held -= 5_000
+        assert servers.at_rest()
 
     run(ask())
 
@@ -291,11 +315,20 @@ def test_the_load_that_a_prompt_is_for_its_server() -> None:
         stage = PrefillStage(servers.settings, servers.pool, servers.metrics)
         for _ in range(3):
             request = context()
-            request.route_tokens = 100.0
+            request.prompt = Prompt(b"[]", 2, 100, is_text=False)
             await stage.run(request, [b"{}"], {})
-        assert len(notes) == 1  # of a prompt that was computed
+        assert notes == [100]  # of a prompt that was computed
+        request = context()
+        request.prompt = Prompt(b"[]", 2, 100, is_text=False)
+        request.prompt.known = 40
+        upstream.load.tokens = 1_000
+        upstream.client.request = servers.request(0, [answer()])
+        await stage.run(request, [b"{}"], {})
+        assert (notes[1:], upstream.load.tokens) == ([1_060], 1_000)  # what is known there is no work
+        upstream.load.tokens = 0
+        upstream.client.request = servers.request(0, [answer()])
         await stage.run(context(), [b"{}"], {})  # one that no route was chosen for
-        assert (len(notes), upstream.load.tokens) == (1, 0)
+        assert (len(notes), upstream.load.tokens) == (2, 0)
 
     run(ask())
 
@@ -483,7 +516,14 @@ def handler_of(servers: Servers, served: list[tuple[str, str]]) -> RequestHandle
                 arguments[0].answer(200, [], b"{}")
 
     return RequestHandler(
-        servers.settings, servers.metrics, None, Stage("prefill"), Stage("decode"), Stage("adapters"), own
+        servers.settings,
+        servers.metrics,
+        None,
+        Stage("prefill"),
+        Stage("decode"),
+        Stage("adapters"),
+        own,
+        PromptMeter(False, servers.pool, servers.pool),
     )  # type: ignore[arg-type]
 
 
