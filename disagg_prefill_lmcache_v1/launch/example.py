@@ -9,7 +9,7 @@ from pathlib import Path
 
 from disagg_prefill_lmcache_v1.launch.checks import check_redis_answers
 from disagg_prefill_lmcache_v1.launch.commands import STATUS_PAGE, build_command, plain_servers, server_address
-from disagg_prefill_lmcache_v1.launch.load_size import load_warning
+from disagg_prefill_lmcache_v1.launch.load_size import load_warning, rate_warning
 from disagg_prefill_lmcache_v1.launch.logs import start_problem
 from disagg_prefill_lmcache_v1.launch.masked import with_masked_output
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
@@ -59,9 +59,11 @@ class Example:
             info(f"one card for both servers: each takes {share} of its memory")
         roles = [*plan.servers, "proxy", *(["kv-server"] if plan.backend.runs_server else [])]
         prepare(plan, self.supervisor, roles, own_run_dir=True)
-        warning = "" if settings.serve else load_warning(plan, settings.num_prompts, settings.input_len)
-        if warning:
-            info(warning)
+        if settings.num_prompts and not settings.serve:
+            rate = rate_warning(plan, max(settings.request_rate), settings.input_len)
+            for warning in (load_warning(plan, settings.num_prompts, settings.input_len), rate):
+                if warning:
+                    info(warning)
 
     def start(self, role: str) -> None:
         command = build_command(self.plan, role)

@@ -1,4 +1,4 @@
-"""Whether the KV server holds the KV cache of the whole load, told before it begins; nothing of unknown models."""
+"""Whether the KV server holds the KV cache of the whole load, and takes it in time; nothing of unknown models."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def load_warning(plan: Plan[Any], prompts: int, tokens: int) -> str:
     return (
         f"warning: the KV cache of the load is {_gib(need)} ({load}), --backend {name} holds {_gib(capacity)} "
         f"({BACKENDS[name].size_variable}): what was not used for longest is dropped; {_advice(plan, need)}"
+    )
+
+
+def rate_warning(plan: Plan[Any], rate: float, tokens: int) -> str:
+    """One line where ``rate`` prompts a second of ``tokens`` tokens are more than the backend takes; "" where not."""
+    each, most = bytes_per_token(plan), plan.backend.takes_per_s
+    if each is None or most is None or (need := each * rate * tokens) <= most:
+        return ""
+    return (
+        f"warning: the load brings {need / 1e9:,.1f} GB of KV cache a second, --backend {plan.settings.backend} takes "
+        f"about {most / 1e9:g}: prompts will wait for it; on one machine --backend nixl or --backend shm takes more"
     )
 
 

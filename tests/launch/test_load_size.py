@@ -96,6 +96,21 @@ def test_the_load_of_a_card_and_the_backends_that_hold_it(tmp_path: Path, monkey
     assert told(KV_LM_SIZE="64gb").endswith("; this machine has 90.0 GiB free: take fewer or shorter prompts")
 
 
+def test_a_load_that_comes_faster_than_the_backend_takes_it(tmp_path: Path) -> None:
+    """3.6 prompts a second of 8,000 tokens are 3.8 GB/s."""
+
+    def told(rate: float, *flags: str) -> str:
+        return load_size.rate_warning(plan_of(tmp_path, LLAMA, "--device=cuda", *flags), rate, 8000)
+
+    line = told(3.6)
+    assert line.startswith("warning: the load brings 3.8 GB of KV cache a second, --backend lm takes about 1.2: ")
+    assert told(1.1) == ""
+    assert told(1.9, "--backend=redis") == ""
+    assert "--backend redis takes about 2: " in told(2, "--backend=redis")
+    for backend in ("shm", "nixl"):
+        assert told(100, f"--backend={backend}") == ""
+
+
 def test_without_a_size_lm_holds_four_fifths_of_what_is_free(tmp_path: Path) -> None:
     capacity = plan_of(tmp_path, LLAMA, "--device=cpu").backend.capacity
     assert capacity == pytest.approx(available_memory() * 0.8, rel=0.3)

@@ -61,6 +61,8 @@ class Backend:
     decoder_first: ClassVar[bool] = False  # where servers start one after the other
     program_variable: ClassVar[str] = ""  # names another program for the server
     size_variable: ClassVar[str]  # names its memory
+    # Bytes a second that it takes from a card (an H200, docs/performance.md); None: no limit was seen.
+    takes_per_s: ClassVar[float | None] = None
     clears: ClassVar[tuple[str, ...]] = ()  # variables that the vLLM servers must not inherit
 
     host: str = "127.0.0.1"

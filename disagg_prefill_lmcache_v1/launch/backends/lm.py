@@ -15,6 +15,7 @@ class Lm(Backend):
     name: ClassVar[str] = "lm"
     default_port: ClassVar[int] = 8300
     size_variable: ClassVar[str] = "KV_LM_SIZE"
+    takes_per_s: ClassVar[float | None] = 1.2e9
     title: ClassVar[str] = "LMCache's own server"
     schemes: ClassVar[tuple[str, ...]] = ("lm",)
     program_variable: ClassVar[str] = "KV_SERVER_PROGRAM"

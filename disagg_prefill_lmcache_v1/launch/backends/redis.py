@@ -19,6 +19,7 @@ class Redis(Backend):
     name: ClassVar[str] = "redis"
     default_port: ClassVar[int] = 8379
     size_variable: ClassVar[str] = "REDIS_MAXMEMORY"
+    takes_per_s: ClassVar[float | None] = 2.0e9
     title: ClassVar[str] = "Redis"
     schemes: ClassVar[tuple[str, ...]] = ("redis", "rediss")
     local: ClassVar[bool] = True  # what other machines use should have a password and TLS: a Redis of their own
