@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -32,6 +33,7 @@ SECRETS = tempfile.TemporaryDirectory(prefix="kv-secret-")
 if SECRET_VARIABLE not in os.environ:  # else this is the other side of NIXL
     os.environ[SECRET_VARIABLE] = str(Path(SECRETS.name, "kv_secret"))
     write_secret(Path(os.environ[SECRET_VARIABLE]))
+START_S = 240.0  # some import torch and LMCache first
 LM_SERVER = "disagg_prefill_lmcache_v1.kv.stores.lm_server"
 
 
@@ -88,7 +90,11 @@ class Server:
             command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "KV_LM_SIZE": self.size},
         )  # fmt: skip
-        wait_until(self.answers, f"{self.kind} store answers")
+        try:
+            wait_until(self.answers, f"{self.kind} store answers", START_S)
+        except AssertionError:
+            self.stop()
+            raise
 
     def answers(self):
         assert self.process.poll() is None
@@ -101,10 +107,13 @@ class Server:
         """Until SIGCONT. It has happened only when every thread stands still."""
         os.kill(self.process.pid, signal.SIGSTOP)
         tasks = Path(f"/proc/{self.process.pid}/task")
-        wait_until(
-            lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()),
-            "all threads stand still",
-        )
+
+        def stands_still() -> bool:
+            with contextlib.suppress(OSError):  # a thread may just have ended
+                return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir())
+            return False
+
+        wait_until(stands_still, "all threads stand still")
 
     def stop(self):
         self.process.send_signal(signal.SIGCONT)

@@ -84,6 +84,7 @@ class Launch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.timeout_s = TIMEOUT_S  # of a whole run
         self.run_dir = folder / "run"
         self.records = folder / "records"
         self.model = folder / "model"
@@ -131,7 +132,7 @@ class Launch:
 
     def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         try:
-            out, err = process.communicate(timeout=TIMEOUT_S)
+            out, err = process.communicate(timeout=self.timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()

@@ -73,7 +73,7 @@ class MPServer:
 class Engine:
     """One engine's worker and scheduler side."""
 
-    def __init__(self, server: MPServer, first_timeout_s: float = 60.0) -> None:
+    def __init__(self, server: MPServer, first_timeout_s: float = 240.0) -> None:
         extra = {**EXTRA, "lmcache.mp.mq_timeout": first_timeout_s}  # the server may still be starting
         self.worker = LMCacheMPWorkerAdapter(
             server.url, zmq.Context.instance(), "m", BLOCK, ONE_RANK, extra_config=extra

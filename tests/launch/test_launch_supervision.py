@@ -395,6 +395,7 @@ def test_shm_backend(launch: Launch, size: str, status: int) -> None:
 def test_mp_backend(launch: Launch, size: str, status: int) -> None:
     """With LMCache's real server: it ends with the stack and leaves no memory, its reason not to start is shown."""
     pytest.importorskip("lmcache", reason="LMCache is not installed: its server is what is started")
+    launch.timeout_s = 240  # it imports torch first
     done = launch.run(EXAMPLE, *launch.arguments("--backend=mp"), KV_MP_SIZE=size)
     assert done.returncode == status, done.stderr
     if status:
