@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
-from proxy_harness import DEADLINE_S, REPOSITORY, Stack, stack
+from proxy_harness import DEADLINE_S, REPOSITORY, Stack, stack, wait_until
 
 from disagg_prefill_lmcache_v1.proxy import timing
 from disagg_prefill_lmcache_v1.proxy.request import RequestContext
@@ -113,6 +114,8 @@ def test_a_request_begins_when_it_is_here_and_not_when_the_proxy_has_cpu_for_it(
         body = b'{"prompt": "x", "stream": true}'
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: late\r\ncontent-type: application/json\r\n"
         made.proxy.process.send_signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{made.proxy.process.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the proxy stands still")
         client.sendall(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         time.sleep(frozen_s)  # what is measured
         made.proxy.process.send_signal(signal.SIGCONT)
