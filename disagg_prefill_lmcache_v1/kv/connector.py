@@ -66,11 +66,15 @@ class LMCacheDisaggConnectorV1(LMCacheConnectorV1Dynamic):
             else:
                 choose_copy(vllm_config, settings.copy)  # refuses what cannot be copied
             super().__init__(vllm_config, role, kv_cache_config)
-            if role != KVConnectorRole.WORKER:
+            saves_answers = patches.save_answers(self._lmcache_engine)
+            if role == KVConnectorRole.WORKER:
+                self._worker.saves_answers = saves_answers
+            else:
                 policy = LoadPolicy(settings.load, beside=async_load)
                 loads = LoadScheduler(policy, vllm_config.parallel_config.world_size)
                 kv_role = vllm_config.kv_transfer_config.kv_role
                 self._scheduler = DisaggScheduler(self._lmcache_engine, kv_role, loads, announcer, async_load)
+                self._scheduler.saves_answers = saves_answers
                 how = "beside the engine's steps" if async_load else "in the engine's steps"
                 logger.info("KV of the store is loaded: %s, %s", settings.load, how)
 

@@ -16,6 +16,7 @@ its own connector calls; it is typed and tested in use.
 | copy methods of LMCache's device connectors | they do not wait for vLLM's stream | |
 | ``CPUModelRunner._bookkeeping_sync`` | a request with a seed ends the CPU engine | vllm#10097 made the assumption |
 | ``KVConnectorOutput.__init__`` (hpu) | the runner passes on finished transfers alone | |
+| ``LMCacheConnectorV1Impl.kv_role`` of a decode server | ``save_decode_cache`` does nothing on a kv_consumer | |
 | ``LMCacheConnectorV1Impl.start_load_kv`` not called | it returns in silence without attention metadata | LMCache#749 |
 """  # noqa: E501
 
@@ -124,6 +125,18 @@ def tail_to_store(impl: Any, tracker: Any, said: ReqMeta | None) -> ReqMeta | No
         return None
     request.save_spec.skip_leading_tokens = saved
     return request
+
+
+def save_answers(impl: Any) -> bool:
+    """Whether a decode server stores the KV of what it computes: LMCache's ``save_decode_cache`` is on.
+
+    LMCache lets a kv_consumer store nothing, whatever that says. To vLLM and to all else here it stays one: nobody
+    waits for what it stores.
+    """
+    if impl.kv_role != "kv_consumer" or not impl.config.save_decode_cache:
+        return False
+    impl.kv_role = "kv_both"
+    return True
 
 
 def leave_out_offload_server() -> None:

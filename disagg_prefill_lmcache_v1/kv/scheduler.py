@@ -40,6 +40,8 @@ class DisaggScheduler:
         self._reuse = ReuseAccount(announcer, loads.ranks, async_load) if role != "kv_producer" else None
         self._announcer = announcer
         self._async_load = async_load
+        self.saves_answers = False  # a kv_consumer stores what it computes, and nobody waits for that
+        self._in_store: dict[str, int] = {}  # tokens of requests that the store had, and that are computed all the same
         self._begun: list[LoadRequest] = []  # to be told to the workers with the next step
         self._loading: dict[str, LoadRequest] = {}
         self._failed: set[str] = set()  # requests of which a load has failed: they are computed
@@ -55,6 +57,8 @@ class DisaggScheduler:
             return found, self._async_load
         # As if the store had nothing. LMCache wants the entry itself when the request comes back after a preemption.
         spec = self._impl.load_specs[request_id]
+        if self.saves_answers:
+            self._in_store[request_id] = spec.lmcache_cached_tokens
         spec.lmcache_cached_tokens, spec.can_load = 0, False
         return 0, False
 
@@ -100,6 +104,7 @@ class DisaggScheduler:
         if self._reuse:
             self._reuse.finished(request_id)
         self._failed.discard(request_id)
+        self._in_store.pop(request_id, None)
         self._loading.pop(request_id, None)
         self._impl.load_specs.pop(request_id, None)
 
@@ -120,6 +125,10 @@ class DisaggScheduler:
         """Add to the step's metadata what its workers compute, load and store."""
         self._add_step(meta, scheduler_output)
         if self._role == "kv_consumer":
+            for request in meta.requests if self._in_store else ():
+                spec, stored = request.save_spec, self._in_store.get(request.req_id, 0)
+                spec.skip_leading_tokens = max(spec.skip_leading_tokens, stored)
+                spec.can_save &= len(request.token_ids) > stored
             return
         trackers = self._impl._request_trackers
         said = {request.req_id: request for request in meta.requests}

@@ -39,6 +39,7 @@ class DisaggWorker:
         self._settings = settings
         self._announcer = announcer
         self.role = vllm_config.kv_transfer_config.kv_role
+        self.saves_answers = False  # a kv_consumer stores what it computes, and nobody waits for that
         self._device = torch.device(vllm_config.device_config.device)
         self._block_size = vllm_config.cache_config.block_size
         self._copy = choose_copy(vllm_config, settings.copy)
@@ -200,7 +201,7 @@ class DisaggWorker:
 
     def save(self, requests: list[Any]) -> bool:
         """Store what the step's metadata says; False: LMCache is to do it."""
-        if self._transfer is None or self.role == "kv_consumer":
+        if self._transfer is None or (self.role == "kv_consumer" and not self.saves_answers):
             return False
         chunk = self.engine.config.chunk_size
         for request in requests:

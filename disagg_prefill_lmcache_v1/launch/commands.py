@@ -103,6 +103,8 @@ def vllm_server(plan: Plan[Settings], name: str) -> Command:
         environment = {key: value for key, value in environment.items() if key not in of_backend}
     else:
         environment["DISAGG_KV_VISIBILITY"] = f"@disagg-kv-{port}-{plan.run_id}"
+        if plan.settings.save_decode_cache and role == "decoder":
+            environment["LMCACHE_SAVE_DECODE_CACHE"] = "True"
     # Servers that share this directory (a process that imported LMCache has it set) would each report the sum of all.
     return Command(name, tuple(words), environment, ("PROMETHEUS_MULTIPROC_DIR", *plan.backend.clears))
 

@@ -174,7 +174,8 @@ def check_store_url(configuration: Configuration[Settings]) -> str:
 
 
 def check_hosts(configuration: Configuration[Settings], backend: Backend, role: str) -> None:
-    """Raises UsageError for servers that others are to reach and cannot. ``role`` "": of the example."""
+    """Raises UsageError for servers that others are to reach and cannot, or what a backend cannot do. ``role`` "": of
+    the example."""
     settings = configuration.settings
     for name in ("prefiller_url", "decoder_url"):
         if not role and getattr(settings, name):
@@ -187,6 +188,8 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
             f"--decoders {settings.decoders}: with --backend nixl all prefill servers write to one decode server: take "
             "another --backend"
         )
+    if settings.save_decode_cache and backend.name in ("mp", "nixl"):
+        raise UsageError(f"--save-decode-cache is not supported with --backend {backend.name}: take lm, redis or shm")
     if settings.advertise_host in WILDCARDS:
         raise UsageError(f"--advertise-host {settings.advertise_host}: allowed: what other machines can connect to")
     if is_loopback(settings.host):

@@ -94,6 +94,9 @@ class Settings(EngineSettings):
         "prefiller writes to; with a password better by the environment",
     )
     redis_url: str = setting("", "the same as --kv-url, for --backend redis")
+    save_decode_cache: bool = setting(
+        False, "the decode server stores its answers' KV too, for the prompts of later turns; not with mp and nixl"
+    )
     num_prompts: int = setting(
         None, "requests of the load; 0: only the correctness probe", kind="whole", low=0, high=10**6, shown=OF_DEVICE
     )

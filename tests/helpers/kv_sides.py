@@ -51,8 +51,9 @@ def make_worker(engine, device="cpu"):
     if not hasattr(engine, "lookup_unpin"):
         engine.lookup_unpin = lambda request_id: None
     vars(worker).update(
-        engine=engine, role="kv_consumer", meter=Meter(device), failed_blocks=set(), _transfer=None,
-        _tracker=None, _loader=None, _step=None, _block_size=BLOCK, _kv_caches=[], _device=torch.device("cpu"),
+        engine=engine, role="kv_consumer", saves_answers=False, meter=Meter(device), failed_blocks=set(),
+        _transfer=None, _tracker=None, _loader=None, _step=None, _block_size=BLOCK, _kv_caches=[],
+        _device=torch.device("cpu"),
     )  # fmt: skip
     return worker
 

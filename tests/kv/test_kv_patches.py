@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: what is patched is its own")
 pytest.importorskip("lmcache", reason="LMCache is not installed: what is patched is its own")
 
+from kv_sides import Scheduler
 from kv_stores import CHUNK, HEAD_SIZE, HEADS, LAYERS, Server, Staging, chunk, key
 from launch_harness import wait_until
 from lmcache.integration.vllm import vllm_service_factory
@@ -202,3 +203,15 @@ def test_lmcaches_own_load_still_returns_in_silence_without_attention_metadata()
     impl.start_load_kv(SimpleNamespace(attn_metadata=None))
     assert asked == []
     assert impl.get_block_ids_with_load_errors() == set()
+
+
+def test_lmcache_still_stores_nothing_on_a_decode_server_whatever_it_is_told():
+    made = Scheduler(True, 0)
+    made.impl.config.save_decode_cache = True
+    meta, _ = made.schedule()
+    assert not any(request.save_spec.can_save for request in meta.requests)
+    assert patches.save_answers(made.impl)
+    made = Scheduler(True, 0, role="kv_producer")
+    made.impl.config.save_decode_cache = True
+    assert not patches.save_answers(made.impl)
+    assert made.impl.kv_role == "kv_producer"

@@ -107,6 +107,8 @@ def test_the_example_runs_several_servers_to_its_end(launch: Launch) -> None:
         ("kv-server", ["--backend=mp", "--host=0.0.0.0"], "the server of --backend mp is for this machine alone"),
         ("kv-server", ["--backend=redis", "--host=0.0.0.0"], "is for this machine alone (another Redis: --kv-url)"),
         ("prefiller", ["--backend=nixl", "--host=0.0.0.0"], "with --backend nixl needs --kv-url"),
+        ("", ["--backend=nixl", "--save-decode-cache"], "--save-decode-cache is not supported with --backend nixl"),
+        ("decoder", ["--backend=mp", "--save-decode-cache"], "--save-decode-cache is not supported with --backend mp"),
         ("", ["--backend=nixl", "--decoders=2"], "--decoders 2: with --backend nixl all prefill servers write to one"),
         ("decoder", ["--advertise-host=0.0.0.0"], "--advertise-host 0.0.0.0: allowed: what other machines"),
         ("decoder", ["--backend=redis", "--kv-url=redis://h:1", "--redis-url=redis://h:1"], "are the same setting"),
