@@ -18,7 +18,7 @@ KEY = "secret"
 CLIENTS, REQUESTS, CHUNKS = 20, 15, 10
 HOSTILE_OF_EACH_KIND = 8
 ADDED_TTFT_S = 0.050
-ROUNDS = 8  # the best of each kind counts: what else runs on the machine, or is left of a round, can only add
+ROUNDS = 20  # the best of each kind counts: what else runs on the machine, or is left of a round, can only add
 MEMORY_BYTES = 150 << 20  # for 112 hostile connections
 TIMEOUT_S = 4.0
 
