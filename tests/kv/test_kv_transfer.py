@@ -360,7 +360,7 @@ def test_a_frozen_store_costs_its_deadline_not_an_answer(loop, monkeypatch):
     try:
         tokens, slots = prompt(), some_slots(side.mover)
         side.store(tokens, slots)
-        os.kill(server.process.pid, signal.SIGSTOP)
+        server.freeze()
         assert not bool(side.load(tokens, slots).any())
         side.store(prompt(), slots)
         os.kill(server.process.pid, signal.SIGCONT)
