@@ -15,9 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Path of a file with this run's secret: Redis's password, or what both sides of NIXL prove to each other.
+# Path of a file with this run's secret: Redis's password.
 SECRET_VARIABLE = "DISAGG_KV_SECRET_FILE"
-SECRET_VALUE = "DISAGG_KV_SECRET"  # the secret itself, where no file can be had
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 

@@ -22,7 +22,7 @@ def loop():
     loop.close()
 
 
-@pytest.fixture(scope="module", params=["lm", "redis", "shm", "nixl"])
+@pytest.fixture(scope="module", params=["lm", "redis", "shm"])
 def server(request):
     """A real KV store of each kind."""
     from kv_stores import Server

@@ -7,7 +7,7 @@ its own connector calls; it is typed and tested in use.
 
 | what | why | upstream |
 | --- | --- | --- |
-| ``RemoteBackend.connection`` | our store clients; ``remote_storage_plugins`` covers shm and nixl only: a plugin cannot take the schemes lm and redis | |
+| ``RemoteBackend.connection`` | our store clients; ``remote_storage_plugins`` covers shm only: a plugin cannot take the schemes lm and redis | |
 | ``RemoteBackend.batched_submit_put_task`` | which chunks are on their way: Redis's way past ``put_tasks`` is not listed | |
 | ``ReqMeta.from_request_tracker`` gets a doctored tracker | the tail of a prompt after a saved chunk is not stored | LMCache#2540 |
 | ``LMCacheConnectorV1Impl._manager._init_failed`` read | LMCache serves without reuse when it could not start | |
@@ -17,6 +17,8 @@ its own connector calls; it is typed and tested in use.
 | ``CPUModelRunner._bookkeeping_sync`` | a request with a seed ends the CPU engine | vllm#10097 made the assumption |
 | ``KVConnectorOutput.__init__`` (hpu) | the runner passes on finished transfers alone | |
 | ``LMCacheConnectorV1Impl.kv_role`` of a decode server | ``save_decode_cache`` does nothing on a kv_consumer | |
+| ``nixlAgentConfig.pthrDelay`` (cpu) | NIXL's thread asks for events in a loop: a core for each server, and reads wait for it | |
+| ``NixlConnectorWorker._engine_clock_offset`` read | until when the prefill server holds KV is told by its clock | |
 | ``LMCacheConnectorV1Impl.start_load_kv`` not called | it returns in silence without attention metadata | LMCache#749 |
 """  # noqa: E501
 
@@ -37,6 +39,8 @@ from disagg_prefill_lmcache_v1.kv.stores import registry
 from disagg_prefill_lmcache_v1.kv.stores.base import Store, StoreUnavailable
 from disagg_prefill_lmcache_v1.kv.stores.client import StoreClient
 from disagg_prefill_lmcache_v1.kv.stores.shm import ShmStoreConnector
+
+NIXL_WAIT_US = 1000
 
 
 def start_failure(impl: Any) -> str | None:
@@ -188,6 +192,31 @@ def survive_seeded_requests() -> None:
 
     keep_books_of_seeded.seeded = True  # type: ignore[attr-defined]
     CPUModelRunner._bookkeeping_sync = keep_books_of_seeded
+
+
+def let_nixl_sleep(bindings: Any) -> None:
+    """Let NIXL's progress thread wait for events, for at most ``NIXL_WAIT_US``, rather than ask for them in a loop.
+
+    NIXL's Python interface says 0. Where servers share cores with it that takes one for each of them, and the thread
+    that others' reads need waits for its turn: 8 MiB took 25 to 65 ms on 2 busy cores, 1 ms with this.
+    ``bindings``: NIXL's module ``_bindings``; what is made by it from now on.
+    """
+    stock = bindings.nixlAgentConfig
+    if hasattr(stock, "sleeps"):
+        return
+
+    class AgentConfig(stock):
+        sleeps = True
+
+        @property
+        def pthrDelay(self) -> int:
+            return stock.pthrDelay.__get__(self)
+
+        @pthrDelay.setter
+        def pthrDelay(self, delay_us: int) -> None:
+            stock.pthrDelay.__set__(self, delay_us or NIXL_WAIT_US)
+
+    bindings.nixlAgentConfig = AgentConfig
 
 
 def report_everything(connector: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from disagg_prefill_lmcache_v1.launch.backends.base import number_of, role_of
+from disagg_prefill_lmcache_v1.launch.backends.base import role_of
 from disagg_prefill_lmcache_v1.launch.commands import build_command, server_address
 from disagg_prefill_lmcache_v1.launch.interpreter import PREFLIGHT
 from disagg_prefill_lmcache_v1.launch.messages import Failure, info
@@ -108,9 +108,8 @@ def role_ports(plan: Plan[Settings], role: str) -> list[tuple[int, str]]:
     if role == "kv-server":
         return [(backend.port + index, "kv_port") for index in range(backend.ports)]
     own = [(server_address(plan, role), f"{server_role}_port")]
-    if server_role == "decoder" and not backend.starts_server:
-        first = backend.port + number_of(role) * backend.ranks
-        own += [(first + index, "kv_port") for index in range(backend.ranks)]
+    if server_role in ROLES and backend.hands_over:
+        own.append((backend.port_of(role), "kv_port"))
     return own
 
 

@@ -173,6 +173,7 @@ def _proxy(plan: Plan[Settings]) -> list[str]:
     words = _proxy_program(plan)
     if plan.settings.serve and STATUS_PAGE not in plan.environ:
         words.append("--status-page")
+    words += ["--kv-hand-over", "params"] if plan.backend.hands_over else []
     return words + [word for role in ROLES for url in server_urls(plan, role) for word in (f"--{role}", url)]
 
 

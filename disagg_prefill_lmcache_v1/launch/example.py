@@ -92,7 +92,7 @@ class Example:
             self.await_ready(float(plan.profile.get("KV_READY_TIMEOUT")), ["kv-server"], "")
             if plan.backend.name == "redis":
                 check_redis_answers(plan, self.supervisor)
-        self.start_behind("proxy", tuple(reversed(plan.servers)) if plan.backend.decoder_first else plan.servers)
+        self.start_behind("proxy", plan.servers)
         self.check_lmcache()
 
     def start_behind(self, proxy: str, order: Sequence[str]) -> None:

@@ -42,7 +42,7 @@ class Listener:
         if "state" not in message:
             self._waiting.add(request)
             return
-        if message["state"] != "stored":
+        if message["state"] not in ("stored", "none"):
             raise RuntimeError(f"the KV cache was not stored: {message.get('reason') or message['state']}")
         done.add(message["rank"])
         if len(done) >= message["ranks"]:
@@ -116,16 +116,29 @@ class Instance:
         """Token ids of a text, the first `limit` of them."""
         return {"token_ids": self._llm.get_tokenizer().encode(text)[:limit]}
 
-    def generate(self, token_ids: list[int], max_tokens: int, visible_within_s: float | None = None) -> dict[str, Any]:
-        """Greedy answer, with times in seconds and what was reused of the prompt.
-
-        With `visible_within_s` it waits until the KV is in the store, and reuse does not matter.
-        """
+    def _output(self, token_ids: list[int], max_tokens: int, params: dict[str, Any] | None) -> Any:
         from vllm import SamplingParams
 
+        extra = {"kv_transfer_params": params} if params else None
+        parameters = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=CANDIDATES, extra_args=extra)
+        return self._llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)[0]
+
+    def hold(self, token_ids: list[int]) -> dict[str, Any]:
+        """Have the engine hold the prompt's KV: with which parameters the other instance fetches it."""
+        output = self._output(token_ids, 1, {"do_remote_decode": True, "do_remote_prefill": False})
+        return {"params": output.kv_transfer_params}
+
+    def generate(
+        self, token_ids: list[int], max_tokens: int, visible_within_s: float | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Greedy answer, with times in seconds and what was reused of the prompt.
+
+        With `visible_within_s` it waits until the KV is in the store, and reuse does not matter. `params` say from
+        where KV is fetched.
+        """
         begin = time.perf_counter()
-        parameters = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=CANDIDATES)
-        output = self._llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)[0]
+        output = self._output(token_ids, max_tokens, params)
         duration_s = time.perf_counter() - begin
         reused = None
         if visible_within_s is not None:

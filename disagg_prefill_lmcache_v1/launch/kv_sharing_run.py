@@ -138,15 +138,19 @@ class Sharing:
         other = (other * (len(prompt) // len(other) + 1))[: len(prompt)]
 
         self._store("warming up the store instance", warm_up, 2)
-        self._ask("retrieve", "warming up the retrieve instance", "generate", token_ids=warm_up, max_tokens=2)
+        self._retrieve("warming up the retrieve instance", warm_up, 2)
         stored = self._store("storing", prompt, settings.max_tokens)
-        info(f"{len(prompt)} tokens are in the store; the first instance ends")
-        self._end("store", STORE_END_WITHIN_S)
-        retrieved = self._ask("retrieve", "retrieving", "generate", token_ids=prompt, max_tokens=settings.max_tokens)
+        if self.plan.backend.hands_over:
+            info(f"{len(prompt)} tokens are held by the first instance")
+        else:
+            info(f"{len(prompt)} tokens are in the store; the first instance ends")
+            self._end("store", STORE_END_WITHIN_S)
+        retrieved = self._retrieve("retrieving", prompt, settings.max_tokens)
         recomputed = self._ask("retrieve", "recomputing for comparison", "generate", token_ids=other, max_tokens=1)
         result = make_result(self.plan, len(prompt), stored, retrieved, recomputed)
         show(result)
-        self._end("retrieve", END_WITHIN_S)
+        for role in tuple(self._instances):
+            self._end(role, END_WITHIN_S)
         return result
 
     def _start_kv_server(self) -> None:
@@ -180,7 +184,7 @@ class Sharing:
         info(f"KV goes by {mask_passwords(backend.store_url)}")
 
     def _start_instances(self) -> None:
-        roles = ("retrieve", "store") if self.plan.backend.decoder_first else ("store", "retrieve")
+        roles = ("store", "retrieve")
         for role in roles:
             self._instances[role] = Instance(self.plan, role, self.supervisor)
             if self.plan.cards.shared:  # both size their memory by what is free
@@ -211,6 +215,12 @@ class Sharing:
     def _store(self, what: str, tokens: list[int], max_tokens: int) -> dict[str, Any]:
         wait = {"visible_within_s": self.plan.settings.timeout}
         return self._ask("store", what, "generate", token_ids=tokens, max_tokens=max_tokens, **wait)
+
+    def _retrieve(self, what: str, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+        more = {}
+        if self.plan.backend.hands_over:
+            more = {"params": self._ask("store", "holding the KV cache", "hold", token_ids=tokens)["params"]}
+        return self._ask("retrieve", what, "generate", token_ids=tokens, max_tokens=max_tokens, **more)
 
     def _ask(self, role: str, what: str, operation: str, **arguments: Any) -> dict[str, Any]:
         self._instances[role].send(operation, **arguments)

@@ -54,7 +54,8 @@ def _advice(plan: Plan[Any], need: int) -> str:
             name, environ=plan.environ, profile=plan.profile.settings, host="127.0.0.1", port=None,
             ranks=plan.settings.tensor_parallel_size,
         )  # fmt: skip
-        sizes[name] = (backend.capacity or 0, kind.size_variable)
+        if kind.size_variable:
+            sizes[name] = (backend.capacity or 0, kind.size_variable)
     enough = [f"--backend {name}" for name, (size, _) in sizes.items() if size >= need]
     if enough:
         return f"{' or '.join(enough)} holds it"

@@ -126,8 +126,8 @@ def make_plan(configuration: Configuration[Settings], environ: Mapping[str, str]
     try:
         backend = make_backend(
             settings.backend, environ=environ, profile=profile.settings, host=settings.host, port=settings.kv_port,
-            ranks=settings.tensor_parallel_size, decoders=settings.decoders,
-            url=url, run_dir=run_dir,
+            ranks=settings.tensor_parallel_size, prefillers=settings.prefillers, decoders=settings.decoders,
+            advertise_host=settings.advertise_host, url=url, run_dir=run_dir,
         )  # fmt: skip
     except SettingsError as error:
         raise UsageError(str(error)) from error
@@ -154,6 +154,8 @@ def check_store_url(configuration: Configuration[Settings]) -> str:
     if settings.redis_url and settings.backend != "redis":
         raise UsageError(f"{source} goes with --backend redis")
     kind = BACKENDS[settings.backend]
+    if not kind.schemes:
+        raise UsageError(f"{source}: with --backend {settings.backend} there is no KV server")
     schemes = " or ".join(f"{scheme}://" for scheme in kind.schemes)
     if settings.backend == "redis":
         if not re.fullmatch(rf"({'|'.join(kind.schemes)})://[^\s/]+(/\S*)?", url):
@@ -183,11 +185,6 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
     for name in ("prefillers", "decoders"):
         if role and getattr(settings, name) > 1:
             raise UsageError(f"{configuration.source(name)} is the example's: start each server with its own port")
-    if backend.name == "nixl" and settings.decoders > 1:
-        raise UsageError(
-            f"--decoders {settings.decoders}: with --backend nixl all prefill servers write to one decode server: take "
-            "another --backend"
-        )
     if settings.save_decode_cache and backend.name in ("mp", "nixl"):
         raise UsageError(f"--save-decode-cache is not supported with --backend {backend.name}: take lm, redis or shm")
     if settings.advertise_host in WILDCARDS:
@@ -199,8 +196,10 @@ def check_hosts(configuration: Configuration[Settings], backend: Backend, role: 
         raise UsageError(
             f"--host {settings.host}: the server of --backend {backend.name} is for this machine alone{other}"
         )
-    if role == "prefiller" and backend.name == "nixl" and not backend.url:
-        raise UsageError(f"--host {settings.host} with --backend nixl needs --kv-url: the decode server to write to")
+    if role in ROLES and backend.hands_over and settings.host in WILDCARDS and not settings.advertise_host:
+        raise UsageError(
+            f"--host {settings.host} with --backend {backend.name} needs --advertise-host: where other servers fetch KV"
+        )
 
 
 def ports_of(settings: Settings, backend: Backend) -> dict[str, range]:
@@ -225,8 +224,7 @@ def check_ports(settings: Settings, backend: Backend) -> None:
                 )
             for first, second in ((name, other), (other, name)):
                 if ports[first][0] in ports[second]:
-                    each = "rank of each decoder" if second == "kv_port" else "server"
                     raise UsageError(
                         f"{flag_of(first)} {ports[first][0]} is one of the {len(ports[second])} ports from "
-                        f"{flag_of(second)} {ports[second][0]} on, one for each {each}"
+                        f"{flag_of(second)} {ports[second][0]} on, one for each server"
                     )

@@ -62,7 +62,7 @@ def prepare_server(plan: Plan[Settings], role: str) -> Plan[Settings]:
     """Checks and set-up of a server that is started by hand. Raises Failure."""
     backend = plan.backend
     if role == "kv-server" and not backend.starts_server:
-        raise Failure(f"with --backend {backend.name} there is no KV server to start: the decoder receives")
+        raise Failure(f"with --backend {backend.name} there is no KV server to start: decoders fetch from prefillers")
     if role == "kv-server" and backend.url:
         raise Failure("with --kv-url there is no KV server to start")
     with Supervisor(grace_s=float(plan.profile.get("STOP_GRACE"))) as supervisor:

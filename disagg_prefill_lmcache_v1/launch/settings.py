@@ -45,7 +45,7 @@ class EngineSettings(DeviceSetting):
         None, "longest prompt plus answer, in tokens", kind="whole", low=16, high=10**7, shown=OF_DEVICE
     )
     kv_port: int | None = setting(
-        None, "port of the KV server started here; nixl: of the decoder, one more for each further rank", **PORT,
+        None, "port of the KV server started here; nixl: of the first vLLM server, the next for each further", **PORT,
         shown=", ".join(f"{name} {kind.default_port}" for name, kind in BACKENDS.items() if kind.default_port),
     )  # fmt: skip
     kv_load: str = setting(
@@ -90,8 +90,8 @@ class Settings(EngineSettings):
     )
     kv_url: str = setting(
         "",
-        "use this KV store (lm://HOST:PORT, redis://...) instead of one on this machine; nixl: decoder that the "
-        "prefiller writes to; with a password better by the environment",
+        "use this KV store (lm://HOST:PORT, redis://...) instead of one on this machine; with a password better by the "
+        "environment",
     )
     redis_url: str = setting("", "the same as --kv-url, for --backend redis")
     save_decode_cache: bool = setting(

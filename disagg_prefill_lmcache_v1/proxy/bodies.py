@@ -128,8 +128,10 @@ def _string_end(body: bytes, start: int) -> int:
     return 0
 
 
-def prefill_body(path: str, fields: dict[str, Any]) -> list[bytes | memoryview] | None:
+def prefill_body(path: str, fields: dict[str, Any], **more: msgspec.Raw) -> list[bytes | memoryview] | None:
     """Body of the prefill request, or None where no prefill is possible and the decoder must be asked alone.
+
+    ``more`` are fields that it has besides.
 
     The body comes in pieces; those of a long one are slices of the client's body, so that nothing is copied.
     """
@@ -149,6 +151,7 @@ def prefill_body(path: str, fields: dict[str, Any]) -> list[bytes | memoryview] 
     if path == "/v1/completions":
         out.pop("response_format", None)  # no chat template here: it cannot be part of the prompt
     out["stream"] = _FALSE
+    out.update(more)
     if type(next(iter(fields.values()), None)) is memoryview:
         pieces: list[bytes | memoryview] = []
         for name, value in out.items():

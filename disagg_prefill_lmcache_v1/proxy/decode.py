@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from disagg_prefill_lmcache_v1.proxy import timing
+from disagg_prefill_lmcache_v1.proxy import hand_over, timing
 from disagg_prefill_lmcache_v1.proxy.answers import pass_on
 from disagg_prefill_lmcache_v1.proxy.client_request import ClientRequest
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
@@ -52,6 +52,8 @@ class DecodeStage:
         attempts = 1 if request.route == "other" else 2
         held = 0 if request.prompt is None else request.prompt.tokens
         begin = time.perf_counter()
+        # A request is sent again only if no server has taken any of it, or was refused by one: nothing was fetched.
+        body = hand_over.with_params(body, request.hand_over) if request.hand_over else body
         while True:
             # A prompt that is computed here goes where its beginning is known; KV from a prefill server goes anywhere.
             upstream = pool.choose(None if request.prefill_outcome else request.prompt, tried)

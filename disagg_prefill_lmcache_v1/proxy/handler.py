@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from disagg_prefill_lmcache_v1.proxy import bodies, status
+from disagg_prefill_lmcache_v1.proxy import bodies, hand_over, status
 from disagg_prefill_lmcache_v1.proxy.access_log import AccessLog
 from disagg_prefill_lmcache_v1.proxy.adapters import LOAD, UNLOAD, AdapterStage
 from disagg_prefill_lmcache_v1.proxy.admission import Admission
@@ -190,14 +190,11 @@ class RequestHandler:
     async def _generate_from(
         self, client: ClientRequest, request: RequestContext, body: bytes, fields: dict[str, Any] | None, suspect: bool
     ) -> None:
-        alone = self._settings.decode_only
-        suspect = suspect and self._settings.prefill_failure == "decode"
-        shaped = None if fields is None or alone or suspect else bodies.prefill_body(request.path, fields)
+        shaped, reason = self._shaped(request, fields, suspect and self._settings.prefill_failure == "decode")
         if fields is not None:
             request.prompt = self._prompts.measure(fields)
         if shaped is None:
-            reason = "decode_only" if alone else "no_prompt" if fields is None else "stored_response"
-            self._metrics.add("disagg_prefill_skipped", "suspect" if suspect else reason)
+            self._metrics.add("disagg_prefill_skipped", reason)
         elif self._chooser is None or not self._chooser.choose(request):
             refusal = await self._prefill.run(request, shaped, fields)
             if refusal is not None:
@@ -205,6 +202,21 @@ class RequestHandler:
                 return
         request.want_usage = request.path in _ALWAYS_USAGE or (fields is not None and "stream_options" in fields)
         await self._decode.run(client, request, body)
+
+    def _shaped(
+        self, request: RequestContext, fields: dict[str, Any] | None, suspect: bool
+    ) -> tuple[list[Any] | None, str]:
+        """The prefill request's body in pieces, or None and why there is none."""
+        if suspect or self._settings.decode_only:
+            return None, "suspect" if suspect else "decode_only"
+        if fields is None:
+            return None, "no_prompt"
+        more = {}
+        if self._settings.kv_hand_over == "params":
+            if not hand_over.is_possible(fields):
+                return None, "several_choices"
+            more = {hand_over.FIELD: hand_over.ASK}
+        return bodies.prefill_body(request.path, fields, **more), "stored_response"
 
     def _account(self, request: RequestContext) -> None:
         self.finished += 1

@@ -8,7 +8,7 @@ import logging
 import time
 from typing import Any
 
-from disagg_prefill_lmcache_v1.proxy import bodies, timing
+from disagg_prefill_lmcache_v1.proxy import bodies, hand_over, timing
 from disagg_prefill_lmcache_v1.proxy.errors import ProxyError
 from disagg_prefill_lmcache_v1.proxy.health import Upstream
 from disagg_prefill_lmcache_v1.proxy.metrics import Metrics
@@ -28,6 +28,7 @@ class PrefillStage:
     def __init__(self, settings: Settings, pool: Pool, metrics: Metrics) -> None:
         self._settings = settings
         self._limits = Limits(whole_s=settings.prefill_timeout_s)
+        self._hands_over = settings.kv_hand_over == "params"
         self._pool = pool
         self._metrics = metrics
         self._time = asyncio.get_running_loop().time
@@ -125,6 +126,8 @@ class PrefillStage:
         request.prefill_outcome = "ok"
         upstream.note_answer()
         self._note_kv(request, response, upstream)
+        if self._hands_over and response.complete:
+            request.hand_over = hand_over.told(response.body)
         if self._down:
             self._down = False
             log.info("prefill works again")

@@ -48,6 +48,7 @@ class RequestContext:
         "error_detail",
         "event_stream",
         "expected_s",
+        "hand_over",
         "headers",
         "kv_state",
         "kv_transfer_ms",
@@ -99,6 +100,7 @@ class RequestContext:
         self.prefill_outcome = ""
         self.prefill_s = self.decode_s = self.ttft_s = -1.0
         self.kv_state = ""
+        self.hand_over = b""  # kv_transfer_params of the prefill answer, JSON (hand_over.py)
         self.kv_wait_ms = self.kv_transfer_ms = -1.0
         self.prefill_sent = self.prefill_answered = self.decode_sent = 0.0  # on perf_counter; 0: not at all
         self.prefill_told: tuple[float, ...] = ()  # what the servers say of their time, see timing.py

@@ -81,6 +81,11 @@ class Settings:
     prefill_failure: str = setting(
         "decode", "when prefill fails: 'decode' asks the decoder alone, 'fail' answers 503", choices=("decode", "fail")
     )
+    kv_hand_over: str = setting(
+        "store", "how KV goes from prefill to decode: store: by a KV store, with nothing to do here; params: the "
+        "decode server fetches it from the prefill server, whose answer says how (vLLM's NixlConnector)",
+        choices=("store", "params"),
+    )  # fmt: skip
     suspect_request_s: float = setting(
         600.0, "how long a request is remembered that servers died of: after one it gets no prefill, after two it is "
         "refused; 0: not at all", low=0,

@@ -30,9 +30,8 @@ from disagg_prefill_lmcache_v1.same_user import SECRET_VARIABLE, write_secret
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 16, 32
 SECRETS = tempfile.TemporaryDirectory(prefix="kv-secret-")
-if SECRET_VARIABLE not in os.environ:  # else this is the other side of NIXL
-    os.environ[SECRET_VARIABLE] = str(Path(SECRETS.name, "kv_secret"))
-    write_secret(Path(os.environ[SECRET_VARIABLE]))
+os.environ[SECRET_VARIABLE] = str(Path(SECRETS.name, "kv_secret"))
+write_secret(Path(os.environ[SECRET_VARIABLE]))
 START_S = 240.0  # some import torch and LMCache first
 LM_SERVER = "disagg_prefill_lmcache_v1.kv.stores.lm_server"
 
@@ -78,8 +77,6 @@ class Server:
     def start(self):
         if self.kind == "lm":
             command = [sys.executable, "-m", self.module or LM_SERVER, "127.0.0.1", str(self.port)]
-        elif self.kind == "nixl":
-            command = [sys.executable, "tests/helpers/nixl_receiver.py", "127.0.0.1", str(self.port), self.size]
         elif self.kind == "shm":
             command = [sys.executable, "-m", "disagg_prefill_lmcache_v1.kv.stores.shm_server"]
             command += [self.socket, "--size", self.size]

@@ -88,11 +88,9 @@ class MachineStack:
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.__exit__)
             environment = self._start_store()
-            for machine in PREFILLERS:
-                self.start(machine, "prefiller", **environment)
-            for machine in DECODERS:
-                flags = [f"--advertise-host={self.network.address(machine)}"]
-                self.start(machine, "decoder", *flags, **environment)
+            for role, machines in (("prefiller", PREFILLERS), ("decoder", DECODERS)):
+                for machine in machines:
+                    self.start(machine, role, f"--advertise-host={self.network.address(machine)}", **environment)
             urls = [f"--prefiller-url={self.url(name, 8100)}" for name in PREFILLERS]
             urls += [f"--decoder-url={self.url(name, 8200)}" for name in DECODERS]
             self.start("proxy", "proxy", *urls, **LIMITS)

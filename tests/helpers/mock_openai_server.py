@@ -15,6 +15,7 @@ server by ``--behave`` in the same form:
   layout=TEXT    x-kv-layout header of /health (only of the whole server)
   split=N        write the stream in pieces of N bytes
   close=1        answer, then close the connection
+  params=TEXT    kv_transfer_params of the answer, JSON (only where the request has them)
 A key that begins with ``prefill.`` or ``decode.`` applies only to a server with that ``--role``.
 Every request's method, path, headers and body are kept; GET /mock/requests lists them, POST /mock/reset forgets them.
 GET /mock/state tells the open connections and how many requests were aborted by the other side.
@@ -200,7 +201,10 @@ class MockProtocol(asyncio.Protocol):
         elif path == "/v1/models":
             self.write(200, _JSON + lines, b'{"object":"list","data":[{"id":"mock","object":"model"}]}')
         else:
-            self.write(200, _JSON + lines, _answer(path, body, text))
+            answer = _answer(path, body, text)
+            if "params" in behave and "kv_transfer_params" in request:
+                answer = json.dumps({**json.loads(answer), "kv_transfer_params": json.loads(behave["params"])}).encode()
+            self.write(200, _JSON + lines, answer)
         if behave.get("close"):
             self.transport.close()
 

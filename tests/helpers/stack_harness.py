@@ -155,7 +155,7 @@ class Stack:
         self.run_dir = folder
         self.log = folder / "example.log"
         self.proxy, self.prefiller, self.decoder = free_ports(3)
-        self.kv = free_ports_in_a_row(2)  # with nixl each rank has one
+        self.kv = free_ports_in_a_row(2)  # with nixl each server has one
         self.command = [
             "bash", str(PACKAGE / script), "--device=cpu", f"--run-dir={folder}", f"--model={model}",
             f"--served-model-name={MODEL}", f"--max-model-len={MAX_MODEL_LEN}", f"--proxy-port={self.proxy}",

@@ -186,6 +186,20 @@ def test_a_seeded_request_that_is_partly_prefilled_still_ends_vllms_cpu_engine(m
     assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
+def test_nixls_thread_still_asks_for_events_in_a_loop():
+    api = pytest.importorskip("nixl_cu12._api", reason="NIXL is not installed")
+    assert "agent_config.pthrDelay = 0\n" in inspect.getsource(api.nixl_agent.__init__), "NIXL waits by itself"
+    stock, made = api.nixlBind.nixlAgentConfig, SimpleNamespace(nixlAgentConfig=api.nixlBind.nixlAgentConfig)
+    patches.let_nixl_sleep(made)
+    patched = made.nixlAgentConfig
+    patches.let_nixl_sleep(made)
+    assert made.nixlAgentConfig is patched, "once"
+    config = patched()
+    config.pthrDelay = 0
+    assert isinstance(config, stock)
+    assert stock.pthrDelay.__get__(config) == config.pthrDelay == patches.NIXL_WAIT_US
+
+
 def test_lmcaches_own_load_still_returns_in_silence_without_attention_metadata():
     """Why start_load_kv is ours. When this fails LMCache loads, or says that it does not."""
     impl = object.__new__(LMCacheConnectorV1Impl)

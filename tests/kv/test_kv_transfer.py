@@ -197,7 +197,7 @@ def test_only_what_is_missing_is_stored(sides):
     assert other.kept() == 0
 
 
-@pytest.mark.parametrize("server", ["lm", "redis", "nixl"], indirect=True)  # shm is its own staging memory
+@pytest.mark.parametrize("server", ["lm", "redis"], indirect=True)  # shm is its own staging memory
 def test_a_request_larger_than_the_staging_memory(server, loop):
     one, other = (Side(server.url, loop, SmallStaging(2)) for _ in range(2))
     try:
@@ -316,7 +316,7 @@ class Dying:
         return written
 
 
-@pytest.mark.parametrize("kind", ["lm", "redis", "shm", "nixl"])
+@pytest.mark.parametrize("kind", ["lm", "redis", "shm"])
 def test_a_store_that_dies_while_loading(kind, loop):
     """What is said to be loaded is right; the next request finds no store, a later one the restarted store."""
     if kind == "redis" and not shutil.which("redis-server"):

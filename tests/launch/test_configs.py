@@ -12,7 +12,11 @@ config = pytest.importorskip("lmcache.v1.config", reason="LMCache is not install
 constants = pytest.importorskip("lmcache.v1.health_monitor.constants")
 
 # LMCache's multi-process server has settings of another kind: tests/kv/test_mp.py.
-OTHERS = {"lmcache-config-mp.yaml"}
+PEERS = {
+    "prefiller": "lmcache-prefiller-config.yaml",
+    "decoder": "lmcache-decoder-config.yaml",
+}  # tests/kv/test_nixl.py
+OTHERS = {"lmcache-config-mp.yaml", *PEERS.values()}
 CONFIGS = sorted(path for path in (PACKAGE / "configs").iterdir() if path.name not in OTHERS)
 EXTRA_KEYS = {
     "force_store_wait",
@@ -21,16 +25,15 @@ EXTRA_KEYS = {
     constants.WAITING_TIME_FOR_RECOVERY_CONFIG_KEY,
 }
 STORES = {backend: f"lmcache-config-{backend}.yaml" for backend in ("lm", "redis", "shm")}
-PEERS = {"prefiller": "lmcache-prefiller-config.yaml", "decoder": "lmcache-decoder-config.yaml"}
 
 
 def is_plugin_key(key: str) -> bool:
     _, plugin, name = [*key.split(".", 2), "", ""][:3]
-    return plugin in ("shm", "nixl") and name in ("module_path", "class_name", "url", "role", "size")
+    return plugin == "shm" and name in ("module_path", "class_name", "url")
 
 
 def test_there_are_configurations():
-    assert {path.name for path in CONFIGS} == {*STORES.values(), *PEERS.values()}
+    assert {path.name for path in CONFIGS} == {*STORES.values()}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -52,7 +55,7 @@ def test_extra_keys_are_read_by_lmcache():
         assert f'"{key}"' in source, key
 
 
-@pytest.mark.parametrize("name", [*STORES.values(), *PEERS.values()])
+@pytest.mark.parametrize("name", [*STORES.values()])
 def test_part_filled_chunks_are_stored(name):
     content = yaml.safe_load((PACKAGE / "configs" / name).read_text())
     assert content["save_unfull_chunk"] is True
@@ -63,14 +66,11 @@ def test_they_differ_in_the_address_only():
     contents = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS}
     for backend in ("lm", "redis"):
         assert contents[STORES[backend]].pop("remote_url").startswith(f"{backend}://127.0.0.1:")
-    for name, backend in ((STORES["shm"], "shm"), *((name, "nixl") for name in PEERS.values())):
-        assert contents[name].pop("remote_storage_plugins") == [backend]
-        extra = contents[name]["extra_config"]
-        plugin = {key.rpartition(".")[2]: extra.pop(key) for key in list(extra) if is_plugin_key(key)}
-        assert plugin["url"].startswith({"shm": "shm:///", "nixl": "nixl://127.0.0.1:"}[backend])
-        assert (plugin["module_path"], plugin["class_name"]) in (
-            ("disagg_prefill_lmcache_v1.kv.stores.shm", "ShmConnectorAdapter"),
-            ("disagg_prefill_lmcache_v1.kv.stores.nixl", "NixlConnectorAdapter"),
-        )
-        assert plugin.get("role") == {PEERS["prefiller"]: "sender", PEERS["decoder"]: "receiver"}.get(name)
+    shm = contents[STORES["shm"]]
+    assert shm.pop("remote_storage_plugins") == ["shm"]
+    plugin = {
+        key.rpartition(".")[2]: shm["extra_config"].pop(key) for key in list(shm["extra_config"]) if is_plugin_key(key)
+    }
+    assert plugin.pop("url").startswith("shm:///")
+    assert plugin == {"module_path": "disagg_prefill_lmcache_v1.kv.stores.shm", "class_name": "ShmConnectorAdapter"}
     assert all(content == contents[STORES["lm"]] for content in contents.values())

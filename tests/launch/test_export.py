@@ -104,10 +104,9 @@ def test_an_overlay_is_the_export_of_its_device_and_backend(overlay: str) -> Non
 
 
 def test_components_go_with_every_device_that_has_cards() -> None:
-    for backend in ("redis", "nixl"):
-        objects = kustomize.render(KUBERNETES / "overlays" / "gaudi")
-        kustomize.render(KUBERNETES / "components" / backend, objects)
-        assert by_name(objects) == by_name(objects_of("hpu", backend))
+    objects = kustomize.render(KUBERNETES / "overlays" / "gaudi")
+    kustomize.render(KUBERNETES / "components" / "redis", objects)
+    assert by_name(objects) == by_name(objects_of("hpu", "redis"))
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed; the own renderer has been compared")
@@ -160,7 +159,7 @@ def test_compose_files_follow_their_schema(flags: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("backend", ["lm", "redis", "shm", "nixl", "mp"])
 def test_units_are_what_systemd_takes(backend: str, tmp_path: Path) -> None:
-    role = "prefiller" if backend == "nixl" else "decoder"  # with NIXL there is one decoder
+    role = "decoder"
     texts = exported("systemd", "--device", "cpu", "--backend", backend, f"--{role}s", "2")
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -233,7 +232,7 @@ def test_every_port_that_is_named_is_listened_on(overlay: str) -> None:
         assert probe.get("httpGet", probe.get("tcpSocket"))["port"] == "main"
         if extra := ports - told:  # of NIXL
             values = {each["name"]: each.get("value", "") for each in container["env"]}
-            assert values["DISAGG_NIXL_URL"].endswith(f":{min(extra)}")
+            assert {values["VLLM_NIXL_SIDE_CHANNEL_PORT"]} == {str(port) for port in extra}
     for (kind, name), thing in objects.items():
         if kind == "Service":
             assert {each["port"] for each in thing["spec"]["ports"]} == listens[name]
@@ -261,20 +260,11 @@ def test_the_store_is_reached_by_servers_alone() -> None:
 
 def test_a_secret_of_the_store_is_there_before_its_servers() -> None:
     """systemd makes the file that the launcher would have made; in pods and containers it comes from their secrets."""
-    for backend, with_secret in (("redis", {"kv-server", "prefiller", "decoder"}), ("nixl", {"prefiller", "decoder"})):
+    for backend, with_secret in (("redis", {"kv-server", "prefiller", "decoder"}), ("nixl", set())):
         units = exported("systemd", "--device", "cuda", "--backend", backend)
         made = '"disagg_prefill_lmcache_v1.same_user" "/run/disagg-prefill/kv_secret"'
         makes = {name for name, text in units.items() if made in text}
         assert makes == {f"disagg-prefill-{name}.service" for name in with_secret}
-    pods = objects_of("cuda", "nixl")
-    for name in ("prefiller", "decoder"):
-        (container,) = pods["Deployment", name]["spec"]["template"]["spec"]["containers"]
-        secret = container["env"][[each["name"] for each in container["env"]].index("DISAGG_KV_SECRET")]
-        assert secret["valueFrom"]["secretKeyRef"] == {"name": "disagg-prefill", "key": "kv-secret"}
-        assert "DISAGG_KV_SECRET_FILE" not in {each["name"] for each in container["env"]}
-    services = yaml.safe_load(exported("compose", "--device", "cuda", "--backend", "nixl")["compose.yaml"])["services"]
-    for name in ("prefiller", "decoder"):
-        assert services[name]["environment"]["DISAGG_KV_SECRET"].startswith("${DISAGG_KV_SECRET:?")
     for text in (exported("compose", "--device", "cuda", "--backend", "redis")["compose.yaml"],
                  *exported("kubernetes", "--device", "cuda", "--backend", "redis").values()):  # fmt: skip
         assert "kv_secret" not in text
@@ -404,14 +394,15 @@ def test_several_servers_of_a_role_have_a_name_each() -> None:
     assert "CacheDirectory=" in unit
 
 
-def test_prefill_servers_write_to_the_one_decoder_of_nixl() -> None:
+def test_servers_of_nixl_tell_an_address_that_they_have() -> None:
     pods = objects_of("cuda", "nixl")
-    values = {}
-    for name in ("prefiller", "decoder"):
+    services = yaml.safe_load(exported("compose", "--device", "cuda", "--backend", "nixl")["compose.yaml"])["services"]
+    for name, port in (("prefiller", "8500"), ("decoder", "8501")):
         (container,) = pods["Deployment", name]["spec"]["template"]["spec"]["containers"]
-        values[name] = {each["name"]: each.get("value") for each in container["env"]}
-    assert values["prefiller"]["DISAGG_NIXL_URL"] == "nixl://decoder:8500"
-    assert values["decoder"]["DISAGG_NIXL_URL"] == "nixl://0.0.0.0:8500"
+        values = {each["name"]: each for each in container["env"]}
+        assert values["VLLM_NIXL_SIDE_CHANNEL_HOST"]["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
+        assert values["VLLM_NIXL_SIDE_CHANNEL_PORT"]["value"] == port
+        assert services[name]["environment"]["VLLM_NIXL_SIDE_CHANNEL_HOST"] == name
 
 
 @pytest.mark.parametrize(
@@ -422,7 +413,6 @@ def test_prefill_servers_write_to_the_one_decoder_of_nixl() -> None:
         (("kubernetes",), "--output is needed"),
         (("kustomize", "--output", "x", "--device", "cpu"), "--device: kustomize writes all of them"),
         (("kubernetes", "--output", "x", "--backend", "shm"), "allowed here: lm, redis, nixl"),
-        (("kubernetes", "--output", "x", "--backend", "nixl", "--decoders", "2"), "--backend nixl allows 1 here"),
         (("compose", "--output", "x", "--namespace", "Big"), "--namespace 'Big': allowed: small letters"),
         (("kubernetes", "--output", "x", "--backend", "redis", "--kv-url", "redis://:s3cret@h:1"), "no password"),
         (("systemd", "--output", "/proc/none"), "cannot write /proc/none"),

@@ -52,15 +52,15 @@ def test_what_listens_everywhere_is_reached_by_the_loopback_address(launch: Laun
     assert command(launch, "decoder", "--host=0.0.0.0")[0]["LMCACHE_REMOTE_URL"].startswith("lm://127.0.0.1:")
 
 
-def test_a_nixl_decoder_listens_where_others_reach_it(launch: Launch) -> None:
-    flags = ("--backend=nixl", "--host=0.0.0.0")
+def test_nixl_servers_tell_where_others_reach_them(launch: Launch) -> None:
     port = launch.ports["kv"]
-    environment = command(launch, "decoder", *flags)[0]
-    assert environment["DISAGG_NIXL_URL"] == f"nixl://0.0.0.0:{port}"
-    assert environment["UCX_NET_DEVICES"] == "all"
-    assert command(launch, "prefiller", *flags, "--kv-url=nixl://b:8500")[0]["DISAGG_NIXL_URL"] == "nixl://b:8500"
-    here = command(launch, "prefiller", "--backend=nixl")[0]
-    assert (here["DISAGG_NIXL_URL"], here["UCX_NET_DEVICES"]) == (f"nixl://127.0.0.1:{port}", "lo")
+    for index, role in enumerate(("prefiller", "decoder")):
+        there = command(launch, role, "--backend=nixl", "--host=0.0.0.0", "--advertise-host=10.0.0.7")[0]
+        here = command(launch, role, "--backend=nixl")[0]
+        for environment, host, devices in ((there, "10.0.0.7", "all"), (here, "127.0.0.1", "lo")):
+            assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == host
+            assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(port + index)
+            assert environment["UCX_NET_DEVICES"] == devices
 
 
 def test_the_example_starts_as_many_servers_as_asked(launch: Launch) -> None:
@@ -106,10 +106,10 @@ def test_the_example_runs_several_servers_to_its_end(launch: Launch) -> None:
         ("decoder", ["--backend=mp", "--kv-url=mp://h:1"], "the server of --backend mp must run on the machine of"),
         ("kv-server", ["--backend=mp", "--host=0.0.0.0"], "the server of --backend mp is for this machine alone"),
         ("kv-server", ["--backend=redis", "--host=0.0.0.0"], "is for this machine alone (another Redis: --kv-url)"),
-        ("prefiller", ["--backend=nixl", "--host=0.0.0.0"], "with --backend nixl needs --kv-url"),
+        ("prefiller", ["--backend=nixl", "--host=0.0.0.0"], "with --backend nixl needs --advertise-host"),
+        ("prefiller", ["--backend=nixl", "--kv-url=nixl://h:1"], "with --backend nixl there is no KV server"),
         ("", ["--backend=nixl", "--save-decode-cache"], "--save-decode-cache is not supported with --backend nixl"),
         ("decoder", ["--backend=mp", "--save-decode-cache"], "--save-decode-cache is not supported with --backend mp"),
-        ("", ["--backend=nixl", "--decoders=2"], "--decoders 2: with --backend nixl all prefill servers write to one"),
         ("decoder", ["--advertise-host=0.0.0.0"], "--advertise-host 0.0.0.0: allowed: what other machines"),
         ("decoder", ["--backend=redis", "--kv-url=redis://h:1", "--redis-url=redis://h:1"], "are the same setting"),
     ],

@@ -406,15 +406,16 @@ def test_shared_memory() -> None:
 
 
 def test_peer_to_peer() -> None:
-    commands = dry_run("--device", "cpu", "--backend", "nixl", "--kv-port", "7777", KV_NIXL_SIZE="64mb")
+    commands = dry_run("--device", "cpu", "--backend", "nixl", "--kv-port", "7777")
     assert set(commands) == {"store", "retrieve"}
-    for role, config in (("store", "lmcache-prefiller-config"), ("retrieve", "lmcache-decoder-config")):
-        environment = commands[role]["environment"]
-        assert environment["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:7777"
-        assert Path(environment["LMCACHE_CONFIG_FILE"]).stem == config
+    sides = (("store", "lmcache-prefiller-config", "7777"), ("retrieve", "lmcache-decoder-config", "7778"))
+    for role, config, port in sides:
+        environment, words = commands[role]["environment"], commands[role]["words"]
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == port
+        assert Path(environment["DISAGG_NIXL_CONFIG_FILE"]).stem == config
         assert environment["UCX_NET_DEVICES"] == "lo"
-        assert environment.get("KV_NIXL_SIZE") == ("64mb" if role == "retrieve" else None)
-        assert "LMCACHE_REMOTE_URL" not in environment
+        assert json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector"] == "NixlConnector"
+        assert not {"LMCACHE_REMOTE_URL", "LMCACHE_CONFIG_FILE"} & set(environment)
 
 
 def test_the_multi_process_server() -> None:

@@ -246,36 +246,39 @@ def test_shared_memory_has_no_port(launch: Launch, flags: list[str], environment
     dry_run(launch, "--device=cpu", "--backend=shm", *ports)
 
 
-@pytest.mark.parametrize(("device", "size"), [("cpu", "1gb"), ("hpu", "16gb"), ("cuda", "16gb")])
-def test_nixl_has_two_sides_and_no_server(launch: Launch, device: str, size: str) -> None:
-    flags = ("--device", device, "--backend", "nixl", "--tensor-parallel-size", "2")
+@pytest.mark.parametrize("device", ["cpu", "hpu", "cuda"])
+def test_nixl_has_two_sides_and_no_server(launch: Launch, device: str) -> None:
+    flags = ("--device", device, "--backend", "nixl")
     commands = dry_run(launch, *flags, LMCACHE_REMOTE_URL="lm://somewhere:1")
     assert "kv-server" not in commands
-    for role in ("prefiller", "decoder"):
+    for role, kv_role, port in (("prefiller", "kv_producer", "8500"), ("decoder", "kv_consumer", "8501")):
         environment = commands[role][0]
-        assert environment["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:8500"
-        assert environment["LMCACHE_CONFIG_FILE"] == str(PACKAGE / "configs" / f"lmcache-{role}-config.yaml")
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == port
+        assert environment["DISAGG_NIXL_CONFIG_FILE"] == str(PACKAGE / "configs" / f"lmcache-{role}-config.yaml")
         assert environment["UCX_NET_DEVICES"] == "lo"
-        assert "LMCACHE_REMOTE_URL" not in environment, "LMCache would use it as a second store"
-    assert commands["decoder"][0]["KV_NIXL_SIZE"] == size
-    assert "KV_NIXL_SIZE" not in commands["prefiller"][0]
+        assert not {"LMCACHE_REMOTE_URL", "LMCACHE_CONFIG_FILE"} & set(environment), "LMCache is not there"
+        config = json.loads(option(commands[role][1], "--kv-transfer-config"))
+        assert config == {
+            "kv_connector": "NixlConnector", "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.nixl",
+            "kv_role": kv_role, "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {},
+        }  # fmt: skip
     assert option(commands["load"][1], "--backend") == "nixl"
-    commands = dry_run(launch, *flags, "--kv-port=77", KV_NIXL_SIZE="512MB", UCX_NET_DEVICES="mlx5_0:1")
-    assert commands["decoder"][0]["DISAGG_NIXL_URL"] == "nixl://127.0.0.1:77"
-    assert commands["decoder"][0]["KV_NIXL_SIZE"] == "512MB"
+    assert option(commands["proxy"][1], "--kv-hand-over") == "params"
+    commands = dry_run(launch, *flags, "--kv-port=77", UCX_NET_DEVICES="mlx5_0:1")
+    assert commands["decoder"][0]["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "78"
     assert commands["prefiller"][0]["UCX_NET_DEVICES"] == "mlx5_0:1"
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--kv-port=8197"], "--decoder-port 8200 is one of the 4 ports from --kv-port 8197 on"),
-        (["--kv-port=65533"], "--kv-port 65533: 4 ports in a row are needed"),
+        (["--kv-port=8199"], "--decoder-port 8200 is one of the 2 ports from --kv-port 8199 on"),
+        (["--kv-port=65535"], "--kv-port 65535: 2 ports in a row are needed"),
     ],
 )
-def test_every_rank_needs_a_port(launch: Launch, flags: list[str], said: str) -> None:
-    flags = ["--dry-run", "--device=cpu", "--backend=nixl", "--tensor-parallel-size=4", *flags]
-    done = launch.run(EXAMPLE, *flags)
+def test_every_server_needs_a_port(launch: Launch, flags: list[str], said: str) -> None:
+    done = launch.run(EXAMPLE, "--dry-run", "--device=cpu", "--backend=nixl", *flags)
     assert done.returncode == 2
     assert said in done.stderr
 
@@ -330,7 +333,7 @@ def test_what_mp_does_not_take_is_named(launch: Launch, name: str, value: str, a
     assert name in done.stderr
 
 
-@pytest.mark.parametrize("backend", ["shm", "nixl", "mp"])
+@pytest.mark.parametrize("backend", ["shm", "mp"])
 @pytest.mark.parametrize("size", ["2tb", "two", "1.5gb", "2gb x"])
 def test_a_size_that_is_not_understood_is_named(launch: Launch, size: str, backend: str) -> None:
     name = f"KV_{backend.upper()}_SIZE"

@@ -406,35 +406,26 @@ def test_mp_backend(launch: Launch, size: str, status: int) -> None:
 
 
 def test_nixl_backend(launch: Launch) -> None:
-    """No KV server, its port is the decoder's; a port of a rank that is in use is told before anything starts."""
+    """No KV server; a port of a vLLM server that is in use is told before anything starts."""
+    launch.ports["kv"] = free_ports_in_a_row(2)
     done = launch.run(EXAMPLE, *launch.arguments("--backend=nixl"), LMCACHE_REMOTE_URL="lm://other:1")
     assert done.returncode == 0, done.stderr
     assert "kv-server" not in done.stderr
-    for role in ("prefiller", "decoder"):
+    for index, role in enumerate(("prefiller", "decoder")):
         environment = launch.record(record_name(launch, role))["env"]
-        assert environment["DISAGG_NIXL_URL"] == f"nixl://127.0.0.1:{launch.ports['kv']}"
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(launch.ports["kv"] + index)
         assert "LMCACHE_REMOTE_URL" not in environment
     port = free_ports_in_a_row(2) + 1
     with socket.create_server(("127.0.0.1", port)):
-        flags = ("--backend=nixl", "--tensor-parallel-size=2", f"--kv-port={port - 1}")
-        done = launch.run(EXAMPLE, *launch.arguments(*flags))
+        done = launch.run(EXAMPLE, *launch.arguments("--backend=nixl", f"--kv-port={port - 1}"))
     assert done.returncode == 1
     assert f"port {port} is used by another program: stop it, or give another --kv-port" in done.stderr
-
-
-def test_the_receiver_starts_first_where_servers_start_one_after_the_other(launch: Launch, fake_builds: Path) -> None:
-    flags = launch.arguments("--backend=nixl", device="cuda")
-    done = launch.run(EXAMPLE, *flags, PYTHONPATH=str(fake_builds), STANDIN_CUDA_CARDS="1")
-    assert done.returncode == 0, done.stderr
-    first, second = (launch.records / f"{record_name(launch, role)}.json" for role in ("decoder", "prefiller"))
-    assert first.stat().st_mtime_ns < second.stat().st_mtime_ns
-    assert done.stderr.index("decoder is ready") < done.stderr.index("prefiller is ready")
 
 
 def test_there_is_no_kv_server_to_start_for_nixl(launch: Launch) -> None:
     done = launch.run(LAUNCHER, "kv-server", *launch.arguments("--backend=nixl"))
     assert done.returncode == 1
-    assert "with --backend nixl there is no KV server to start: the decoder receives" in done.stderr
+    assert "with --backend nixl there is no KV server to start: decoders fetch from prefillers" in done.stderr
 
 
 @pytest.mark.parametrize("role", ["prefiller", "decoder", "proxy", "kv-server"])

@@ -34,19 +34,21 @@ def test_a_server_whose_connector_cannot_start_ends(case, tmp_path):
             "LMCACHE_CONFIG_FILE": str(PACKAGE / "configs/lmcache-config-lm.yaml"),
             "LMCACHE_REMOTE_URL": f"lm://127.0.0.1:{nowhere}",
         }
+        connector = {
+            "kv_connector": "LMCacheDisaggConnectorV1",
+            "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.connector",
+        }
     else:
         said = "NIXL cannot be used: libucp.so"
         for name in ("nixl", "nixl_cu12", "nixl_cu13"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").write_text("raise ImportError('libucp.so', name='libucp')\n")
         settings |= {
-            "LMCACHE_CONFIG_FILE": str(PACKAGE / "configs/lmcache-prefiller-config.yaml"),
-            "DISAGG_NIXL_URL": f"nixl://127.0.0.1:{nowhere}",
+            "DISAGG_NIXL_CONFIG_FILE": str(PACKAGE / "configs/lmcache-prefiller-config.yaml"),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(nowhere),
         }
-    connector = {
-        "kv_connector": "LMCacheDisaggConnectorV1", "kv_role": "kv_producer",
-        "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.connector",
-    }  # fmt: skip
+        connector = {"kv_connector": "NixlConnector", "kv_connector_module_path": "disagg_prefill_lmcache_v1.kv.nixl"}
+    connector["kv_role"] = "kv_producer"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--port", str(port),
         "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",

@@ -17,8 +17,6 @@ STORES = {
     "unix://": "redis",
     "shm://": "shm",
     "plugin://shm": "shm",
-    "nixl://": "nixl",
-    "plugin://nixl": "nixl",
 }
 
 

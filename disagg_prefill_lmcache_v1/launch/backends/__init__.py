@@ -24,7 +24,9 @@ def make_backend(
     host: str,
     port: int | None,
     ranks: int,
+    prefillers: int = 1,
     decoders: int = 1,
+    advertise_host: str = "",
     url: str = "",
     run_dir: Path = Path(),
 ) -> Backend:
@@ -38,5 +40,5 @@ def make_backend(
     port = kind.default_port if port is None else port
     return kind(
         host="127.0.0.1" if kind.local else host, port=port, ranks=ranks,
-        decoders=decoders, url=url, run_dir=run_dir, **own,
+        prefillers=prefillers, decoders=decoders, advertise_host=advertise_host, url=url, run_dir=run_dir, **own,
     )  # fmt: skip

@@ -43,9 +43,9 @@ def number_of(server: str) -> int:
 class Backend:
     """Base of all backends.
 
-    ``host`` and ``port`` are where the KV server listens (without one: the first of ``ports`` in a row that the
-    decoders' ranks take), ``url`` that of a store which runs already ("": one is started here), ``run_dir`` where
-    files of the stack lie.
+    ``host`` and ``port`` are where the KV server listens (without one: the first of ``ports`` in a row, one for each
+    vLLM server), ``advertise_host`` what other machines reach this one by, ``url`` that of a store which runs already
+    ("": one is started here), ``run_dir`` where files of the stack lie.
     """
 
     name: ClassVar[str]
@@ -58,9 +58,9 @@ class Backend:
     local: ClassVar[bool] = False  # its server is for the vLLM servers of its own machine alone
     modules: ClassVar[tuple[str, ...]] = ()  # further Python modules; of those joined by | one is enough
     imported: ClassVar[tuple[str, ...]] = ()  # of them, those that preflight imports: native libraries may not load
-    decoder_first: ClassVar[bool] = False  # where servers start one after the other
+    hands_over: ClassVar[bool] = False  # the proxy hands on how the decoder fetches KV from the prefiller
     program_variable: ClassVar[str] = ""  # names another program for the server
-    size_variable: ClassVar[str]  # names its memory
+    size_variable: ClassVar[str] = ""  # names its memory; "": it has none
     # Bytes a second that it takes from a card (an H200, docs/performance.md); None: no limit was seen.
     takes_per_s: ClassVar[float | None] = None
     clears: ClassVar[tuple[str, ...]] = ()  # variables that the vLLM servers must not inherit
@@ -68,7 +68,9 @@ class Backend:
     host: str = "127.0.0.1"
     port: int = 0
     ranks: int = 1
+    prefillers: int = 1
     decoders: int = 1
+    advertise_host: str = ""
     url: str = ""
     run_dir: Path = Path()
     kv_connector_module: str = setting(
@@ -93,7 +95,7 @@ class Backend:
     @property
     def capacity(self) -> int | None:
         """Bytes of KV that it holds in all, by its own setting; None: that is not known."""
-        size = getattr(self, self.size_variable.lower())
+        size = getattr(self, self.size_variable.lower(), "")
         return None if self.url or not size else parse_size(size)
 
     @property
@@ -113,7 +115,7 @@ class Backend:
 
     @property
     def store_url(self) -> str:
-        """Where the vLLM servers find the store, or the prefiller the decoder."""
+        """Where the vLLM servers find the store."""
         return self.url or f"{self.name}://{authority(self.reach, self.port)}"
 
     def server(self) -> list[str]:

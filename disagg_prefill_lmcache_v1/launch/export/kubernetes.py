@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from disagg_prefill_lmcache_v1.launch.export.stack import PASSWORD, Server, Stack
-from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE
+from disagg_prefill_lmcache_v1.launch.export.stack import PASSWORD, SIDE_HOST, Server, Stack
 
 Data = dict[str, Any]
 
 USER = 10001  # made in both Containerfiles
 SECRET = "disagg-prefill"
-REQUIRED = ("REDIS_PASSWORD", SECRET_VALUE)  # of what is in it
+REQUIRED = ("REDIS_PASSWORD",)  # of what is in it
 LABEL = "app.kubernetes.io/component"
 PART_OF = {"app.kubernetes.io/part-of": "disagg-prefill"}
 CACHE = "/cache"
@@ -139,6 +138,8 @@ def environment(server: Server) -> list[Data]:
     values = {name: expanded(value) for name, value in server.environment.items()}
     if server.runs_vllm:  # the models of Hugging Face, compiled graphs and kernels
         values |= {"HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface"}
+    if values.pop(SIDE_HOST, None):
+        found.append({"name": SIDE_HOST, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
     return found + [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 

@@ -14,7 +14,7 @@ from disagg_prefill_lmcache_v1.launch.export.stack import Stack
 from disagg_prefill_lmcache_v1.launch.export.yaml_text import dump, dump_all
 
 OVERLAYS = {"cpu": "cpu", "cuda": "cuda", "gaudi": "hpu"}
-COMPONENTS = ("redis", "nixl")
+COMPONENTS = ("redis",)
 # What tells the items of a list apart, by the name of the list; other lists are replaced as a whole.
 KEYS = {"containers": "name", "initContainers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath",
         "ports": "containerPort"}  # fmt: skip
@@ -41,6 +41,9 @@ def tree(stack_of: Callable[[str, str], Stack]) -> dict[str, str]:
         files[f"overlays/{backend}/kustomization.yaml"] = kustomization(
             {"resources": ["../cuda"], "components": [f"../../components/{backend}"]}
         )
+    # No component: the servers' commands are others, with the device's own words in them.
+    nixl = objects_of(stack_of(OVERLAYS["cuda"], "nixl"))
+    files |= patched("overlays/nixl", lm["cuda"], nixl, {"resources": ["../cuda"]})
     files["components/autoscaling/autoscalers.yaml"] = dump_all(autoscalers(stack))
     # An autoscaler sets the number of replicas; a manifest that sets it too would reset it each time.
     target = {"target": {"kind": "Deployment", "name": "(proxy|prefiller|decoder)"}}

@@ -22,11 +22,11 @@ from disagg_prefill_lmcache_v1.launch.plan import ROLES, Plan, make_plan, server
 from disagg_prefill_lmcache_v1.launch.profiles import REPOSITORY, Profile
 from disagg_prefill_lmcache_v1.launch.settings import PREFIX, Configuration
 from disagg_prefill_lmcache_v1.memory import parse_size
-from disagg_prefill_lmcache_v1.same_user import SECRET_VALUE, SECRET_VARIABLE
 from disagg_prefill_lmcache_v1.settings import env_of
 
 COUNTER = ("--middleware", "disagg_prefill_lmcache_v1.kv.in_flight.CountRequests")
 PASSWORD = "{redis-password}"  # stands for the secret until a format writes it in its own way
+SIDE_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"  # an address that the server itself has
 APART = ("lm", "redis", "nixl")  # ways of the KV cache that need no common machine
 PROXY_SETTLE_S = 10
 MEBIBYTE = 1 << 20
@@ -96,8 +96,6 @@ def describe(configuration: Configuration[ExportSettings], environ: Mapping[str,
     kind = BACKENDS[settings.backend]
     if apart and settings.backend not in APART:
         raise UsageError(f"--backend {settings.backend} needs one machine: allowed here: {', '.join(APART)}")
-    if apart and settings.backend == "nixl" and settings.decoders > 1:
-        raise UsageError("--decoders: --backend nixl allows 1 here, the one that prefill servers write to")
     environ = own_environment(environ)
     names = (*server_names(settings), "proxy")
     if kind.starts_server and not (settings.kv_url or settings.redis_url):
@@ -115,9 +113,8 @@ def _plan(
     port = settings.kv_port or BACKENDS[settings.backend].default_port
     user = f":{PASSWORD}@" if settings.backend == "redis" else ""
     store = settings.kv_url or settings.redis_url
-    host = "kv-server" if BACKENDS[settings.backend].starts_server else "decoder"
-    if not store and name in ROLES and name != host:
-        store = f"{settings.backend}://{user}{host}:{port}"
+    if not store and name in ROLES and BACKENDS[settings.backend].starts_server:
+        store = f"{settings.backend}://{user}kv-server:{port}"
     if name == "kv-server":  # the launcher's own Redis is for one machine; here it has a password
         plan = make_plan(replace(configuration, settings=replace(settings, run_dir=Path("/tmp"))), environ)
         return replace(plan, backend=replace(plan.backend, host="0.0.0.0"))
@@ -128,7 +125,7 @@ def _plan(
         for role in ROLES
     }
     settings = replace(
-        settings, host="0.0.0.0", kv_url=store, redis_url="", run_dir=Path("/tmp"),
+        settings, host="0.0.0.0", advertise_host=name, kv_url=store, redis_url="", run_dir=Path("/tmp"),
         prefillers=1, decoders=1, **urls,
     )  # fmt: skip
     plan = make_plan(replace(configuration, settings=settings), environ, name)
@@ -154,8 +151,8 @@ def _server(configuration: Configuration[ExportSettings], environ: Mapping[str, 
     else:
         words += COUNTER
         more = _vllm(plan, name)
-        if apart and environment.pop(SECRET_VARIABLE, None):
-            more["secrets"][SECRET_VALUE] = "kv-secret"
+        if apart and SIDE_HOST in environment:
+            environment[SIDE_HOST] = name
         if plan.model.built:
             prepare = build_command(plan, "model")
             more |= {
@@ -186,7 +183,6 @@ def _on_target(text: str, root: str) -> str:
 
 def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, Any]:
     settings, profile = plan.settings, plan.profile
-    receives = role_of(name) == "decoder" and not plan.backend.starts_server
     secrets = {"HF_TOKEN": "hf-token"}
     if PASSWORD in plan.backend.store_url:
         secrets["REDIS_PASSWORD"] = "redis-password"
@@ -194,7 +190,7 @@ def _vllm(plan: Plan[ExportSettings], name: str) -> dict[str, Any]:
         "image": settings.server_image or f"disagg-prefill-server:{settings.device}",
         "ready_s": settings.ready_timeout, "settle_s": settings.drain_settle, "limit_s": settings.drain_limit,
         "secrets": secrets,
-        "more_ports": tuple(range(plan.backend.port, plan.backend.port + plan.backend.ports)) if receives else (),
+        "more_ports": (plan.backend.port_of(name),) if plan.backend.hands_over else (),
         "cards": settings.tensor_parallel_size * int(profile.get("CARDS_PER_RANK") or 0),
         "cpu": profile.get("POD_CPU"), "memory": profile.get("POD_MEMORY"),
         "memory_limit": profile.get("POD_MEMORY_LIMIT"),

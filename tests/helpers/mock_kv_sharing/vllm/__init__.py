@@ -24,8 +24,8 @@ def fault(name: str) -> str:
 
 
 class SamplingParams:
-    def __init__(self, temperature: float, max_tokens: int, logprobs: int) -> None:
-        assert (temperature, logprobs) == (0, 2)
+    def __init__(self, temperature: float, max_tokens: int, logprobs: int, extra_args: Any = None) -> None:
+        assert (temperature, logprobs, extra_args) == (0, 2, None)
         self.max_tokens = max_tokens
 
 
