@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
+
+# Under nohup it is ignored, by everything that a test starts as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
