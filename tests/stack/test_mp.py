@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from launch_harness import wait_until
-from stack_harness import Load, Stack
+from stack_harness import Answer, Load, Stack
 
 pytest.importorskip("vllm", reason="vLLM is not installed: the real stack is what is tested")
 pytest.importorskip("lmcache", reason="LMCache is not installed: its server is what freezes")
@@ -31,8 +31,13 @@ def kv_server_group(stack: Stack) -> int:
     raise AssertionError("no KV server")
 
 
-def test_a_frozen_kv_server_costs_reuse_and_nothing_else(serving, reference):
-    stack = serving("mp", "--backend=mp")
+def test_a_frozen_kv_server_costs_reuse_and_nothing_else(model_folder, tmp_path, reference):
+    with Stack(tmp_path, model_folder, "--backend=mp").serving() as stack:
+        freeze(stack, reference)
+        assert stack.child.poll() is None
+
+
+def freeze(stack: Stack, reference: list[Answer]) -> None:
     group = kv_server_group(stack)
     with Load(stack, reference) as load:
         load.wait_for(8)
@@ -54,4 +59,3 @@ def test_a_frozen_kv_server_costs_reuse_and_nothing_else(serving, reference):
 
         wait_until(loads_again, "the decoder loads again", BACK_WITHIN_S)
     assert load.wrong == []
-    assert stack.child.poll() is None
