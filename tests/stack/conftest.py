@@ -14,12 +14,10 @@ import pytest
 from launch_harness import REPOSITORY, free_ports, wait_until
 from stack_harness import MAX_MODEL_LEN, MODEL, START_S, Answer, Redis, Stack, answers_health, ask_all, matrix, process
 
-# Servers of two ranks each take 12 GB while they start: they go before the shared stacks (7 GB each, up to the end).
-FIRST = ("test_the_example_passes", "test_all_that_can_be_reused_is_reused")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: getattr(item, "originalname", "") not in FIRST)
+    """Two servers of two ranks take 12 GB at their start: they go before the shared stacks, 7 GB each up to the end."""
+    items.sort(key=lambda item: getattr(item, "originalname", "") != "test_the_example_passes")
 
 
 @pytest.fixture(scope="session")
